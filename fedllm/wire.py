@@ -1,0 +1,243 @@
+"""The only place where instructions and replies become Flower records, and back.
+
+A message carries one configuration record with the header and at most one array with the payload, whose
+bytes Flower never interprets. Whatever arrives is checked for presence, type and range before use;
+nothing is unpickled. This module does not import torch, so that a device's thin client process stays thin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from google.protobuf.message import DecodeError
+
+from fedllm.errors import WireError
+
+__all__ = [
+    "DENSE",
+    "VERSION",
+    "Instruction",
+    "Reply",
+    "Scalar",
+    "decode",
+    "encode",
+    "pack_instruction",
+    "pack_reply",
+    "size",
+    "unpack_instruction",
+    "unpack_reply",
+]
+
+Scalar = bool | int | float | str
+
+VERSION = 1
+"""Of this format; a peer that speaks another one is refused."""
+
+DENSE = -1
+"""``Instruction.start`` of a payload that holds the global tensors whole."""
+
+_MAX_METRICS = 64
+_MAX_TEXT = 2_000
+_HEADER, _ARGUMENTS, _METRICS, _ARRAYS, _PAYLOAD = "h", "a", "m", "p", "x"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the server asks of one client.
+
+    Attributes:
+        run: identity of the run; client state of other runs is never touched.
+        kind: ``describe``, ``setup``, ``fit`` or ``evaluate``.
+        round, index, attempt: the round, the exchange within it, and how often the round was begun.
+            The answer is a function of (run, round, index), never of the attempt.
+        base: version of the global tensors to work on.
+        start: version that the payload's increments start from; ``DENSE`` for whole tensors.
+        sizes: bytes of each increment, in order; together they are the payload.
+        oldest: global versions below this one will not be named again.
+        counted: (round, index) of this client's newest reply that counted; (0, 0) if none did.
+        progress: share of the rounds that is done, in [0, 1).
+        arguments: the method's own.
+    """
+
+    run: str
+    kind: str
+    round: int = 0
+    index: int = 0
+    attempt: int = 0
+    base: int = 0
+    start: int = 0
+    sizes: tuple[int, ...] = ()
+    oldest: int = 0
+    counted: tuple[int, int] = (0, 0)
+    progress: float = 0.0
+    arguments: Mapping[str, Scalar] = field(default_factory=dict)
+    payload: bytes = b""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers. ``error`` is empty unless the client could not do the work."""
+
+    round: int
+    index: int
+    examples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    payload: bytes = b""
+    error: str = ""
+
+
+def pack_instruction(instruction: Instruction) -> RecordDict:
+    """Lay an instruction out as a Flower record."""
+    header = ConfigRecord(
+        {
+            "v": VERSION,
+            "run": instruction.run,
+            "kind": instruction.kind,
+            "at": [instruction.round, instruction.index, instruction.attempt],
+            "global": [instruction.base, instruction.start, instruction.oldest, *instruction.sizes],
+            "counted": list(instruction.counted),
+            "progress": float(instruction.progress),
+        }
+    )
+    content = RecordDict({_HEADER: header})
+    if instruction.arguments:
+        content[_ARGUMENTS] = ConfigRecord(dict(instruction.arguments))
+    _add_payload(content, instruction.payload)
+    return content
+
+
+def unpack_instruction(content: RecordDict) -> Instruction:
+    """Invert :func:`pack_instruction`; raises ``WireError`` for anything else."""
+    header = _header(content)
+    base, start, oldest, *sizes = _integers(header, "global", at_least=3)
+    round, index, attempt = _integers(header, "at", exactly=3)
+    counted = _integers(header, "counted", exactly=2)
+    payload = _payload(content)
+    if min(sizes, default=0) < 0 or sum(sizes) != (len(payload) if sizes else 0):
+        raise WireError(f"increments of {sum(sizes)} bytes announced, payload holds {len(payload)}")
+    progress = header.get("progress")
+    if not isinstance(progress, float) or not 0.0 <= progress <= 1.0:
+        raise WireError(f"progress must be a number in [0, 1], got {progress!r}")
+    arguments = content.get(_ARGUMENTS, ConfigRecord())
+    if not isinstance(arguments, ConfigRecord):
+        raise WireError("the arguments are not a configuration record")
+    return Instruction(
+        run=_text(header, "run"),
+        kind=_text(header, "kind"),
+        round=round,
+        index=index,
+        attempt=attempt,
+        base=base,
+        start=start,
+        sizes=tuple(sizes),
+        oldest=oldest,
+        counted=(counted[0], counted[1]),
+        progress=progress,
+        arguments={key: value for key, value in arguments.items() if isinstance(value, bool | int | float | str)},
+        payload=payload,
+    )
+
+
+def pack_reply(reply: Reply) -> RecordDict:
+    """Lay a reply out as a Flower record."""
+    header = ConfigRecord({"v": VERSION, "at": [reply.round, reply.index, reply.examples]})
+    if reply.error:
+        header["error"] = reply.error[:_MAX_TEXT]
+    content = RecordDict({_HEADER: header})
+    if reply.metrics:
+        content[_METRICS] = MetricRecord({key: float(value) for key, value in reply.metrics.items()})
+    _add_payload(content, reply.payload)
+    return content
+
+
+def unpack_reply(content: RecordDict) -> Reply:
+    """Invert :func:`pack_reply`; raises ``WireError`` for anything else."""
+    header = _header(content)
+    round, index, examples = _integers(header, "at", exactly=3)
+    if examples < 0:
+        raise WireError(f"a reply cannot be worth {examples} examples")
+    metrics = content.get(_METRICS, MetricRecord())
+    if not isinstance(metrics, MetricRecord) or len(metrics) > _MAX_METRICS:
+        raise WireError(f"the metrics are not a record of at most {_MAX_METRICS} numbers")
+    values: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, list) or len(key) > _MAX_TEXT:
+            raise WireError(f"metric {key[:40]!r} is not one number")
+        values[key] = float(value)
+    return Reply(
+        round=round,
+        index=index,
+        examples=examples,
+        metrics={key: value for key, value in values.items() if math.isfinite(value)},
+        payload=_payload(content),
+        error=_text(header, "error") if "error" in header else "",
+    )
+
+
+def size(content: RecordDict) -> int:
+    """Bytes of the record as serialized protobuf: what the ledger counts."""
+    return int(recorddict_to_proto(content).ByteSize())
+
+
+def encode(content: RecordDict) -> bytes:
+    """Serialize a record, for a worker process behind a socket."""
+    return bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def decode(data: bytes) -> RecordDict:
+    """Invert :func:`encode`; raises ``WireError`` for bytes that are not a record."""
+    try:
+        return recorddict_from_proto(RecordDictProto.FromString(data))
+    except (DecodeError, ValueError, TypeError, KeyError) as error:
+        raise WireError(f"not a serialized record: {error}") from error
+
+
+def _add_payload(content: RecordDict, payload: bytes) -> None:
+    if payload:
+        array = Array(dtype="uint8", shape=(len(payload),), stype="raw", data=payload)
+        content[_ARRAYS] = ArrayRecord({_PAYLOAD: array})
+
+
+def _payload(content: RecordDict) -> bytes:
+    arrays = content.get(_ARRAYS)
+    if arrays is None:
+        return b""
+    if not isinstance(arrays, ArrayRecord) or list(arrays) != [_PAYLOAD]:
+        raise WireError("the payload is not a single array")
+    data = arrays[_PAYLOAD].data
+    if not isinstance(data, bytes):
+        raise WireError("the payload is not bytes")
+    return data
+
+
+def _header(content: RecordDict) -> ConfigRecord:
+    header = content.get(_HEADER)
+    if not isinstance(header, ConfigRecord):
+        raise WireError("the message has no header; was it sent by fedllm?")
+    if header.get("v") != VERSION:
+        raise WireError(f"the message speaks format {header.get('v')!r}, this side {VERSION}; upgrade the older one")
+    return header
+
+
+def _integers(header: ConfigRecord, key: str, *, exactly: int = 0, at_least: int = 0) -> list[int]:
+    values = header.get(key)
+    if (
+        not isinstance(values, list)
+        or not all(isinstance(value, int) for value in values)
+        or len(values) < at_least
+        or (exactly and len(values) != exactly)
+    ):
+        raise WireError(f"header field {key} is missing or malformed")
+    return [int(value) for value in values]
+
+
+def _text(header: ConfigRecord, key: str) -> str:
+    value = header.get(key)
+    if not isinstance(value, str) or len(value) > _MAX_TEXT:
+        raise WireError(f"header field {key} is missing or not a short text")
+    return value
