@@ -20,6 +20,7 @@ from fedllm.errors import WireError
 
 __all__ = [
     "DENSE",
+    "STALE",
     "VERSION",
     "Instruction",
     "Reply",
@@ -38,12 +39,15 @@ Scalar = bool | int | float | str
 VERSION = 1
 """Of this format; a peer that speaks another one is refused."""
 
+STALE = "stale"
+"""``Reply.error`` of a client that does not hold the version that the increments start from."""
+
 DENSE = -1
 """``Instruction.start`` of a payload that holds the global tensors whole."""
 
 _MAX_METRICS = 64
 _MAX_TEXT = 2_000
-_HEADER, _ARGUMENTS, _METRICS, _ARRAYS, _PAYLOAD = "h", "a", "m", "p", "x"
+_HEADER, _ARGUMENTS, _METRICS, _FACTS, _ARRAYS, _PAYLOAD = "h", "a", "m", "f", "p", "x"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Instruction:
         start: version that the payload's increments start from; ``DENSE`` for whole tensors.
         sizes: bytes of each increment, in order; together they are the payload.
         oldest: global versions below this one will not be named again.
+        digest: of the tensors at ``base`` as this client must hold them; see :func:`fedllm.tensors.digest`.
         counted: (round, index) of this client's newest reply that counted; (0, 0) if none did.
         progress: share of the rounds that is done, in [0, 1).
         arguments: the method's own.
@@ -73,6 +78,7 @@ class Instruction:
     start: int = 0
     sizes: tuple[int, ...] = ()
     oldest: int = 0
+    digest: int = 0
     counted: tuple[int, int] = (0, 0)
     progress: float = 0.0
     arguments: Mapping[str, Scalar] = field(default_factory=dict)
@@ -81,12 +87,20 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client answers. ``error`` is empty unless the client could not do the work."""
+    """What a client answers.
+
+    Attributes:
+        examples: texts that stand behind the answer: its weight in an average.
+        metrics: numbers about the work, by name.
+        facts: texts about the device, by name; only in answers to ``describe``.
+        error: empty unless the client could not do the work; ``STALE`` asks for the global tensors whole.
+    """
 
     round: int
     index: int
     examples: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
     payload: bytes = b""
     error: str = ""
 
@@ -99,7 +113,7 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
             "run": instruction.run,
             "kind": instruction.kind,
             "at": [instruction.round, instruction.index, instruction.attempt],
-            "global": [instruction.base, instruction.start, instruction.oldest, *instruction.sizes],
+            "global": [instruction.base, instruction.start, instruction.oldest, instruction.digest, *instruction.sizes],
             "counted": list(instruction.counted),
             "progress": float(instruction.progress),
         }
@@ -114,7 +128,7 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
 def unpack_instruction(content: RecordDict) -> Instruction:
     """Invert :func:`pack_instruction`; raises ``WireError`` for anything else."""
     header = _header(content)
-    base, start, oldest, *sizes = _integers(header, "global", at_least=3)
+    base, start, oldest, digest, *sizes = _integers(header, "global", at_least=4)
     round, index, attempt = _integers(header, "at", exactly=3)
     counted = _integers(header, "counted", exactly=2)
     payload = _payload(content)
@@ -136,6 +150,7 @@ def unpack_instruction(content: RecordDict) -> Instruction:
         start=start,
         sizes=tuple(sizes),
         oldest=oldest,
+        digest=digest,
         counted=(counted[0], counted[1]),
         progress=progress,
         arguments={key: value for key, value in arguments.items() if isinstance(value, bool | int | float | str)},
@@ -151,6 +166,8 @@ def pack_reply(reply: Reply) -> RecordDict:
     content = RecordDict({_HEADER: header})
     if reply.metrics:
         content[_METRICS] = MetricRecord({key: float(value) for key, value in reply.metrics.items()})
+    if reply.facts:
+        content[_FACTS] = ConfigRecord({key: value[:_MAX_TEXT] for key, value in reply.facts.items()})
     _add_payload(content, reply.payload)
     return content
 
@@ -169,10 +186,14 @@ def unpack_reply(content: RecordDict) -> Reply:
         if isinstance(value, list) or len(key) > _MAX_TEXT:
             raise WireError(f"metric {key[:40]!r} is not one number")
         values[key] = float(value)
+    facts = content.get(_FACTS, ConfigRecord())
+    if not isinstance(facts, ConfigRecord) or len(facts) > _MAX_METRICS:
+        raise WireError(f"the facts are not a record of at most {_MAX_METRICS} texts")
     return Reply(
         round=round,
         index=index,
         examples=examples,
+        facts={key: value for key, value in facts.items() if isinstance(value, str) and len(value) <= _MAX_TEXT},
         metrics={key: value for key, value in values.items() if math.isfinite(value)},
         payload=_payload(content),
         error=_text(header, "error") if "error" in header else "",

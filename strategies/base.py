@@ -6,13 +6,16 @@ arrive, in any order; ``step`` turns what was folded into the next global tensor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar
 
 from fedllm.config import RunConfig, Section
 from fedllm.data import Tokens
-from fedllm.models import Model
+from fedllm.errors import WireError
+from fedllm.models import Model, save
 from fedllm.tensors import Spec, Tensors
 from fedllm.wire import Scalar
 
@@ -111,44 +114,65 @@ class Replay:
     record: bytes
 
 
-class Method(Protocol):
+class Method(ABC):
     """One way of federated tuning. Its module names it ``METHOD`` and holds its ``Options``.
 
     ``acc`` is the method's own accumulator; folding the same replies in any order gives the same bits.
+    The last five methods have defaults that fit a method whose global tensors are the model's own.
     """
 
-    Options: type[Section]
+    Options: ClassVar[type[Section]]
+    replays: ClassVar[bool] = False
+    """Whether :meth:`step` may return a :class:`Replay`."""
 
+    @abstractmethod
     def __init__(self, config: RunConfig) -> None: ...
 
+    @abstractmethod
     def build(self, labels: tuple[str, ...]) -> Model:
         """Load the base model and attach what is trained; same bits on every node for the same config."""
-        ...
 
-    def spec(self, kind: str, tensors: Tensors) -> Spec:
-        """What the tensors of an answer to this kind of exchange must look like."""
-        ...
+    @abstractmethod
+    def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
+        """What the tensors of an answer must look like, given the answering node's view of the global ones."""
 
+    @abstractmethod
     def begin(self, state: State, round: int) -> Any:
         """Return an empty accumulator for a round (0 is the setup)."""
-        ...
 
+    @abstractmethod
     def plan(self, state: State, acc: Any) -> Exchange | Commit:
         """Server: ask for another exchange, or commit. Round 0 commits at once where there is no setup."""
-        ...
 
+    @abstractmethod
     def run(self, work: Work) -> Answer:
         """Client: answer one exchange."""
-        ...
 
+    @abstractmethod
     def fold(self, acc: Any, kind: str, reply: Reply) -> Any:
         """Server: take in one accepted reply."""
-        ...
 
+    @abstractmethod
     def step(self, state: State, acc: Any) -> tuple[Tensors | Replay, Tensors]:
         """Server, on commit: the proposed global tensors (or a replay) and the next ``memory``."""
-        ...
+
+    def initial(self, model: Model) -> Tensors:
+        """Return the global tensors of version 0, which every node derives for itself."""
+        return model.read()
+
+    def view(self, tensors: Tensors, node: int) -> Tensors:
+        """Return what ``node`` is sent and holds of the global tensors; a function of config, node and shapes."""
+        return tensors
+
+    def load(self, model: Model, tensors: Tensors) -> None:
+        """Put global tensors, or a node's view of them, into a model."""
+        model.write(tensors)
+
+    def save(self, model: Model, tensors: Tensors, folder: Path) -> None:
+        """Write the result so that it is true on the plain base model: ``adapter/`` or ``model/``."""
+        self.load(model, tensors)
+        save(model, folder)
 
     def replay(self, tensors: Tensors, record: bytes) -> Tensors:
-        """Both sides: take a :class:`Replay` step. Methods that never return one raise ``WireError``."""
-        ...
+        """Both sides: take a :class:`Replay` step."""
+        raise WireError(f"{type(self).__name__} takes no replayed steps")
