@@ -1,0 +1,136 @@
+"""From ``[tuning]`` to a peft configuration: method by name, rank, targets, peft's own options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+
+from fedllm.config import RunConfig
+from fedllm.errors import ModelError
+
+__all__ = ["attach", "method_names"]
+
+# peft's names carry a suffix that nobody writes, and two common methods are switches of lora there.
+_ALIASES = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
+_SWITCHES = {"dora": "use_dora", "rslora": "use_rslora"}
+
+
+def method_names() -> list[str]:
+    """Return every accepted ``tuning.peft`` apart from ``full``.
+
+    >>> {"lora", "dora", "vera", "ia3", "adalora", "prompt", "prefix", "p-tuning"} <= set(method_names())
+    True
+    """
+    own = [str(kind.value).lower().replace("_", "-") for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
+    return sorted({*own, *_ALIASES, *_SWITCHES})
+
+
+def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) -> Any:
+    """Wrap ``model`` in a freshly initialised adapter.
+
+    Args:
+        model: a transformers model.
+        config: the run; ``config.tuning`` names the method, and schedules of some methods need its length.
+        task: peft's task type, e.g. ``FEATURE_EXTRACTION``.
+        heads: modules that are new in this model and must be trained and saved whole.
+
+    Raises:
+        ModelError: unknown method (names the nearest), unknown option, unknown target (lists the model's own), or a
+            method that does not work for this model.
+    """
+    settings = _settings(model, config, task, heads)
+    try:
+        return peft.get_peft_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        hint = _own_modules(model) if "target_modules" in _fields(type(settings)) else ""
+        raise ModelError(
+            f"tuning.peft = {config.tuning.peft!r} cannot be attached to {type(model).__name__}: {error}{hint}"
+        ) from error
+
+
+def _settings(model: Any, config: RunConfig, task: str, heads: Sequence[str]) -> peft.PeftConfig:
+    tuning = config.tuning
+    kind = _config_class(tuning.peft)
+    fields = _fields(kind)
+    values: dict[str, Any] = {"task_type": task}
+    if switch := _SWITCHES.get(_plain(tuning.peft)):
+        values[switch] = True
+    for name, value in {"r": tuning.rank, "lora_alpha": tuning.alpha, "alpha": tuning.alpha}.items():
+        if name in fields:
+            values[name] = value
+    if "total_step" in fields:
+        # AdaLoRA prunes from init_r down to target_r by its own calls between steps, which a federated
+        # round does not make: the rank stays where it starts.
+        values |= {"init_r": tuning.rank, "target_r": tuning.rank}
+        values["total_step"] = config.rounds * config.training.local_steps
+    if tuning.targets:
+        if "target_modules" not in fields:
+            raise ModelError(
+                f"tuning.targets does not apply to tuning.peft = {tuning.peft!r}; leave it empty"
+            )
+        values["target_modules"] = _targets(model, tuning.targets)
+    if "exclude_modules" in fields:
+        # Our encoders have no pooler; without this an adapter on "dense" would look for one in a stock model.
+        values["exclude_modules"] = ["pooler.dense"]
+    if heads and "modules_to_save" in fields:
+        values["modules_to_save"] = sorted(heads)
+    for name in tuning.options:
+        if name not in fields:
+            raise ModelError(f"tuning.options.{name} is unknown to {kind.__name__}{_nearest(name, fields)}")
+    try:
+        return kind(**(values | tuning.options))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"tuning.options are not what {kind.__name__} takes: {error}") from error
+
+
+def _config_class(name: str) -> type[peft.PeftConfig]:
+    plain = _plain(name)
+    wanted = "LORA" if plain in _SWITCHES else _ALIASES.get(plain, plain.upper().replace("-", "_"))
+    for kind, settings in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        if str(kind.value) == wanted:
+            return settings
+    raise ModelError(f"tuning.peft = {name!r} is unknown{_nearest(plain, ['full', *method_names()])}")
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+def _fields(kind: type[peft.PeftConfig]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if field.init]
+
+
+def _nearest(given: str, valid: Iterable[str]) -> str:
+    names = sorted(valid)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(names)}"
+
+
+def _targets(model: nn.Module, targets: Sequence[str]) -> str | list[str]:
+    if tuple(targets) == ("all-linear",):
+        return "all-linear"
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ModelError(
+                f"tuning.targets: {type(model).__name__} has no module {target!r}{_own_modules(model)}"
+            )
+    return list(targets)
+
+
+def _own_modules(model: nn.Module) -> str:
+    """List the last parts of the names of modules that hold a weight matrix, as targets name them."""
+    matrices = [
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    ]
+    shorts = sorted({name.rpartition(".")[2] for name in matrices if not re.search(r"\.\d+$", name)})
+    return f"; its modules are {', '.join(shorts)}"
