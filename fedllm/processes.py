@@ -1,0 +1,138 @@
+"""Child processes of a server or a device: their output goes to a bounded log, none outlives its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import psutil
+
+__all__ = ["Child", "die_with_parent", "interruptible", "open_log"]
+
+LOG_BYTES = 5_000_000
+LOG_FILES = 4
+
+
+def open_log(path: Path) -> logging.Logger:
+    """Open a log of at most 20 MB in four files, oldest lines dropped first; readable by its owner only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger(f"fedllm.log.{path}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        path.touch(mode=0o600)
+        handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(handler)
+    return logger
+
+
+class Child:
+    """A running command whose whole tree of processes can be stopped.
+
+    Args:
+        command: program and arguments.
+        environment: added to this process's own environment.
+        log: receives every line the command prints.
+        watch: called with every line, from a thread of its own.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: logging.Logger,
+        watch: Callable[[str], None] | None = None,
+    ) -> None:
+        # A session of its own: Ctrl-C in a terminal reaches the parent alone, which stops children in order.
+        self._process = subprocess.Popen(
+            list(command),
+            env={**os.environ, "PATH": _path(), "PYTHONUNBUFFERED": "1", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._pump = threading.Thread(target=self._read, args=(log, watch), daemon=True)
+        self._pump.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the command itself."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        return self._process.poll()
+
+    def stop(self, grace: float = 5.0) -> None:
+        """Ask the tree to end, wait ``grace`` seconds, then kill what is left of it, by process id."""
+        tree = self._tree()
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(tree, timeout=grace)
+        for process in {*alive, *self._tree()}:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        self._pump.join(timeout=1.0)
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _read(self, log: logging.Logger, watch: Callable[[str], None] | None) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                log.info(line.rstrip())
+                if watch is not None:
+                    watch(line)
+
+
+def _path() -> str:
+    # Flower starts its own commands by bare name, also where the virtual environment is not activated.
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def die_with_parent(grace: float = 5.0) -> None:
+    """End this process soon after its parent has gone, even when the parent was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and a polite kill into an event, so that loops can end where they are whole."""
+    stop = threading.Event()
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

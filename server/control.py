@@ -1,0 +1,155 @@
+"""The one place that speaks Flower's Control API: nodes and runs of a SuperLink.
+
+Flower's own ``flwr`` command starts a process per question and reads a configuration from the user's
+home; the same requests from here take milliseconds and leave that configuration alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    StreamLogsRequest,
+    UnregisterNodeRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedllm.errors import FedllmError
+
+__all__ = ["Control", "Node", "Run", "read_public_key"]
+
+
+class Node(NamedTuple):
+    """A node as the SuperLink sees it; ``status`` is registered, online, offline or unregistered."""
+
+    id: int
+    name: str
+    status: str
+    public_key: bytes
+
+
+class Run(NamedTuple):
+    """A run as the SuperLink sees it.
+
+    Attributes:
+        id: Flower's number of the run.
+        status: starting, running or finished.
+        outcome: completed, failed or stopped once it is finished, else empty.
+        details: why it failed.
+        bytes_down: what the SuperLink counted as sent to nodes.
+        bytes_up: what it counted as received from nodes.
+    """
+
+    id: int
+    status: str
+    outcome: str
+    details: str
+    bytes_down: int
+    bytes_up: int
+
+
+class Control:
+    """A connection to a SuperLink's Control API.
+
+    Args:
+        address: ``host:port``.
+        authority: PEM file of the certificate authority; None speaks unencrypted HTTP.
+    """
+
+    def __init__(self, address: str, authority: Path | None) -> None:
+        self.address = address
+        self._client = ControlHttpClient.from_server_address(
+            address,
+            authority is None,
+            authority.read_bytes() if authority else None,
+            [RuntimeVersionHttpInterceptor(component_name="fedllm")],
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def ready(self) -> bool:
+        """Whether the SuperLink answers."""
+        try:
+            self._client.ListRuns(ListRunsRequest(limit=1))
+        except httpx.HTTPError:
+            return False
+        return True
+
+    def nodes(self) -> list[Node]:
+        """List the nodes that may join."""
+        answer = self._client.ListNodes(ListNodesRequest())
+        rows = [Node(item.node_id, item.name, item.status, item.public_key) for item in answer.nodes_info]
+        return [row for row in rows if row.status != "unregistered"]
+
+    def register(self, public_key: bytes, name: str) -> int:
+        """Let a node join; returns the id that Flower gives it."""
+        return self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id
+
+    def unregister(self, node_id: int) -> None:
+        """Let a node no longer join; it is disconnected at its next call."""
+        self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
+    def start(self, bundle: bytes, config: Mapping[str, str | int | float | bool]) -> int:
+        """Start a run of a Flower app bundle; ``config`` overrides keys of its run configuration."""
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(config)))
+        return self._client.StartRun(request).run_id
+
+    def stop(self, run_id: int) -> bool:
+        """Stop a run; False where it had ended already."""
+        try:
+            return self._client.StopRun(StopRunRequest(run_id=run_id)).success
+        except httpx.HTTPStatusError:
+            if self.run(run_id).status == "finished":
+                return False
+            raise
+
+    def run(self, run_id: int) -> Run:
+        """Look one run up."""
+        try:
+            found = dict(self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict)
+        except httpx.HTTPStatusError as error:
+            raise FedllmError(f"{self.address} knows no run {run_id}") from error
+        item = found[run_id]
+        return Run(
+            run_id,
+            item.status.status,
+            item.status.sub_status,
+            item.status.details,
+            item.bytes_sent,
+            item.bytes_recv,
+        )
+
+    def logs(self, run_id: int) -> Iterator[str]:
+        """Stream what the run's ServerApp prints, until the run ends."""
+        for part in self._client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=0.0)):
+            yield part.log_output
+
+
+def read_public_key(path: Path) -> bytes:
+    """Read an OpenSSH public key file into the form that Flower compares."""
+    key = load_ssh_public_key(path.read_bytes())
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    return public_key_to_bytes(key)
