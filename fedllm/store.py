@@ -1,0 +1,339 @@
+"""The run store: one folder per run, written by one process, readable by any.
+
+    config.toml      the resolved configuration
+    provenance.json  versions, git commit, engine
+    partition.json   which client holds which texts
+    run.db           SQLite (WAL): rounds, node_rounds, ledger, events, commands, audit
+    rounds.jsonl     one line a round
+    summary.json     schema 1, see :mod:`fedllm.summary`
+
+``run.db`` decides. Everything about a round enters it in one transaction; the text files follow and are
+made anew from it whenever a run is opened, so a kill between two writes leaves nothing to repair by hand.
+:mod:`fedllm.runs` reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from fedllm import run_database, run_folder
+from fedllm.config import RunConfig
+from fedllm.durable import append_line, disk_errors, replace_file, to_json
+from fedllm.errors import StoreError
+from fedllm.ledger import Entry, Ledger
+from fedllm.run_database import Command, Event, NodeRound, Round, insert, select, transaction
+from fedllm.run_lock import RunLock
+from fedllm.summary import Status, round_line, summarise
+
+__all__ = ["Command", "Entry", "NodeRound", "Round", "RunStore"]
+
+
+class RunStore:
+    """Writes one run; made by :meth:`create` or :meth:`open`, closed by ``with`` or :meth:`close`.
+
+    A round is written before its checkpoint is saved. Then a checkpoint never names a round that the
+    store does not know, and a resumed run calls ``truncate(checkpoint.number)``.
+
+    Attributes:
+        folder: where the run lives.
+        config: its configuration.
+        ledger: totals of every byte so far; fed by :meth:`round`, not by callers.
+    """
+
+    def __init__(self, folder: Path, lock: RunLock, connection: sqlite3.Connection) -> None:
+        self.folder = folder
+        self._lock = lock
+        self._connection = connection
+        self._guard = threading.RLock()
+        meta = self._meta()
+        self.config = RunConfig.from_json(meta["config"])
+        self._workers: int = meta["workers"]
+        self._status: Status = meta["status"]
+        self._wire: tuple[int | None, int | None] = (meta["wire_up"], meta["wire_down"])
+        self._rounds = list(select(connection, Round, "rounds", "ORDER BY round"))
+        columns = "round, node, direction, exchange, record, bytes, dense"
+        entries = connection.execute(f"SELECT {columns} FROM ledger")
+        self.ledger = Ledger(Entry(*row) for row in entries)
+        self._seconds_before: float = meta["seconds"]
+        self._opened = time.monotonic()
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        config: RunConfig,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
+        workers: int = 1,
+    ) -> Self:
+        """Start a new run in a folder that is missing or empty.
+
+        Args:
+            folder: the run folder itself.
+            config: the resolved configuration.
+            facts: provenance: versions, git commit, engine; any JSON.
+            overwrite: replace the run that is there, finished or not.
+            workers: clients that compute at the same time.
+
+        Raises:
+            StoreError: the folder holds a run or something else, is being run, or cannot be written.
+        """
+        with disk_errors(folder):
+            run_folder.require_free(folder, overwrite)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(folder)
+        try:
+            run_folder.require_free(folder, overwrite)
+            run_folder.clear(folder)
+            replace_file(folder / "config.toml", config.to_toml())
+            replace_file(folder / "provenance.json", to_json(facts or {}, indent=2))
+            replace_file(folder / "rounds.jsonl", "")
+            meta = {
+                "config": config.to_json(), "status": "running", "seconds": 0.0, "workers": workers,
+                "wire_up": None, "wire_down": None, "phase": {},
+            }  # fmt: skip
+            with disk_errors(folder):
+                connection = run_database.open_connection(str(folder / run_database.FILE))
+                run_database.create_tables(connection, meta)
+            store = cls(folder, lock, connection)
+        except BaseException:
+            lock.release()
+            raise
+        store._write_summary()
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Take up a run where it was left, and make its text files agree with ``run.db``.
+
+        Raises:
+            StoreError: there is no run, it is being run, is damaged, or was written by a newer fedllm.
+        """
+        with run_database.connect(folder), disk_errors(folder):
+            lock = RunLock(folder)
+        try:
+            with disk_errors(folder):
+                connection = run_database.open_connection(str(folder / run_database.FILE))
+                store = cls(folder, lock, connection)
+        except BaseException:
+            lock.release()
+            raise
+        store._write_texts()
+        return store
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the folder; the run's status stays as it is."""
+        with self._guard:
+            self._connection.close()
+            self._lock.release()
+
+    @property
+    def status(self) -> Status:
+        """How the run stands."""
+        return self._status
+
+    @property
+    def last_round(self) -> int:
+        """The last committed round; 0 before the first."""
+        return self._rounds[-1].round if self._rounds else 0
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        """Committed rounds, ascending; round 0 is the setup."""
+        return tuple(self._rounds)
+
+    def round(self, record: Round, nodes: Iterable[NodeRound] = (), entries: Iterable[Entry] = ()) -> Round:
+        """Commit a round: its record, its clients and its bytes, all or nothing.
+
+        Entries of the round's abandoned attempts belong here too: their bytes crossed.
+
+        Returns:
+            The record with bytes and time filled in.
+
+        Raises:
+            StoreError: the round is not the next one, rows name another round, or the disk is full.
+        """
+        nodes, entries = list(nodes), list(entries)
+        expected = {0, 1} if not self._rounds else {self.last_round + 1}
+        if record.round not in expected:
+            raise StoreError(f"{self.folder}: round {record.round} cannot follow round {self.last_round}")
+        strays = ({row.round for row in nodes} | {entry.round for entry in entries}) - {record.round}
+        if strays:
+            raise StoreError(f"{self.folder}: round {record.round} was given rows of round {min(strays)}")
+        own = Ledger(entries)
+        record = dataclasses.replace(
+            record, bytes_up=own.bytes("up"), bytes_down=own.bytes("down"), finished_at=time.time()
+        )
+        with self._writing() as connection:
+            insert(connection, "rounds", [record])
+            insert(connection, "node_rounds", nodes)
+            insert(connection, "ledger", entries)
+            self._set_meta(seconds=self._seconds())
+        self._rounds.append(record)
+        self.ledger.extend(entries)
+        if record.round > 0:
+            append_line(self.folder / "rounds.jsonl", to_json(round_line(record)))
+        self._write_summary()
+        return record
+
+    def truncate(self, after_round: int) -> None:
+        """Forget the rounds after ``after_round`` and set the status to ``running``: a run resumes.
+
+        ``truncate(-1)`` forgets the setup as well.
+
+        Raises:
+            StoreError: ``after_round`` was never committed.
+        """
+        if after_round > self.last_round:
+            raise StoreError(
+                f"{self.folder} knows rounds up to {self.last_round} only, not {after_round}: "
+                f"resume from an earlier checkpoint"
+            )
+        with self._writing() as connection:
+            for table in ("rounds", "node_rounds", "ledger"):
+                connection.execute(f"DELETE FROM {table} WHERE round > ?", (after_round,))
+            self._set_meta(status="running", wire_up=None, wire_down=None)
+        self._status, self._wire = "running", (None, None)
+        self._rounds = [record for record in self._rounds if record.round <= after_round]
+        self.ledger.truncate(after_round)
+        self._write_texts()
+
+    def finish(
+        self,
+        status: Status,
+        *,
+        reason: str | None = None,
+        wire_up: int | None = None,
+        wire_down: int | None = None,
+    ) -> dict[str, Any]:
+        """Set how the run ended and return its summary.
+
+        Args:
+            status: ``finished``, ``failed`` or ``stopped``.
+            reason: one sentence, kept as the last event.
+            wire_up: bytes that a deployed transport counted, client to server.
+            wire_down: the same, server to client.
+        """
+        event = Event(at=time.time(), kind=status, message=reason or status, round=self.last_round)
+        with self._writing() as connection:
+            self._set_meta(
+                status=status, seconds=self._seconds(), wire_up=wire_up, wire_down=wire_down, phase={}
+            )
+            insert(connection, "events", [event])
+        self._status, self._wire = status, (wire_up, wire_down)
+        self._write_summary()
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """Return ``summary.json`` as it stands now."""
+        return summarise(
+            self.config,
+            self._rounds,
+            self.ledger,
+            status=self._status,
+            seconds=self._seconds() if self._status == "running" else self._meta()["seconds"],
+            workers=self._workers,
+            wire_up=self._wire[0],
+            wire_down=self._wire[1],
+        )
+
+    def event(self, kind: str, message: str, *, round: int | None = None, **fields: Any) -> None:
+        """Add a line to the run's log."""
+        with self._writing() as connection:
+            insert(
+                connection,
+                "events",
+                [Event(at=time.time(), kind=kind, message=message, round=round, fields=fields)],
+            )
+
+    def phase(self, name: str, **fields: Any) -> None:
+        """Say what the run is doing right now, such as ``phase("waiting", round=3, have=3, need=5)``."""
+        with self._writing():
+            self._set_meta(phase={"name": name, "at": time.time(), **fields})
+
+    def partition(
+        self,
+        indices: Sequence[Sequence[int]],
+        labels: Sequence[int] | None = None,
+        label_names: Sequence[str] = (),
+    ) -> None:
+        """Write ``partition.json``: which texts each client holds, and how many of each class.
+
+        Args:
+            indices: per client, the numbers of its texts in the training set.
+            labels: class of every text of the training set.
+            label_names: names of the classes.
+        """
+        replace_file(
+            self.folder / "partition.json", to_json(describe_partition(indices, labels, label_names))
+        )
+
+    def take_commands(self) -> list[Command]:
+        """Return what the operator asked for since the last call, oldest first; each is returned once."""
+        with self._writing() as connection:
+            commands = list(select(connection, Command, "commands", "WHERE taken_at IS NULL ORDER BY id"))
+            if commands:
+                query = "UPDATE commands SET taken_at = ? WHERE taken_at IS NULL"
+                connection.execute(query, (time.time(),))
+        return commands
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._guard, disk_errors(self.folder), transaction(self._connection):
+            yield self._connection
+
+    def _meta(self) -> dict[str, Any]:
+        rows = self._connection.execute("SELECT key, value FROM meta")
+        return {row["key"]: json.loads(row["value"]) for row in rows}
+
+    def _set_meta(self, **values: Any) -> None:
+        rows = [(to_json(value), key) for key, value in values.items()]
+        self._connection.executemany("UPDATE meta SET value = ? WHERE key = ?", rows)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._opened
+
+    def _write_summary(self) -> None:
+        replace_file(self.folder / "summary.json", to_json(self.summary(), indent=2))
+
+    def _write_texts(self) -> None:
+        lines = [f"{to_json(round_line(record))}\n" for record in self._rounds if record.round > 0]
+        replace_file(self.folder / "rounds.jsonl", "".join(lines))
+        replace_file(self.folder / "config.toml", self.config.to_toml())
+        self._write_summary()
+
+
+def describe_partition(
+    indices: Sequence[Sequence[int]], labels: Sequence[int] | None, label_names: Sequence[str]
+) -> dict[str, Any]:
+    """Return a partition as JSON.
+
+    >>> describe_partition([[0, 2], [1]], [1, 0, 1], ["a", "b"])["clients"][0]
+    {'node': 0, 'examples': 2, 'labels': [0, 2], 'indices': [0, 2]}
+    """
+    clients = []
+    for node, own in enumerate(indices):
+        counts: list[int] | None = None
+        if labels is not None:
+            counts = [0] * len(label_names)
+            for index in own:
+                counts[int(labels[index])] += 1
+        clients.append(
+            {"node": node, "examples": len(own), "labels": counts, "indices": [int(i) for i in own]}
+        )
+    return {"label_names": list(label_names), "clients": clients}
