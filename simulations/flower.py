@@ -1,9 +1,9 @@
 """The engine ``flower``: the project's apps on Flower's Simulation Runtime, that is, on Ray.
 
-Flower 1.42 runs a simulation as a deployment does: ``flwr run`` submits a bundle to a SuperLink, here one started
-with ``--simulation``, which starts ServerApp, Ray and its actors in a process of their own. All of it lives in a
-temporary ``FLWR_HOME`` and on a free local port, so that runs beside each other never meet. The bundle names the apps
-but holds no code: every process imports the installed packages, the same that the caller runs.
+Flower 1.42 runs a simulation as a deployment does: ``flwr run`` submits a bundle to a SuperLink, here one
+started with ``--simulation``, which runs the ServerApp, Ray and its actors in a process of their own. All of
+it lives in a temporary ``FLWR_HOME`` and on a free local port, so that runs beside each other never meet. The
+bundle names the apps but holds no code: every process imports the installed packages that the caller runs.
 """
 
 from __future__ import annotations
@@ -87,43 +87,38 @@ def run_app(
     Raises:
         RunFailed: with the app's own reason, or with what kept Flower from starting.
     """
-    federation = f"num-supernodes={nodes} client-resources-num-cpus={cores} init-args-num-cpus={workers * cores}"
-    with tempfile.TemporaryDirectory(prefix="fedllm-flower-") as home, log.open("w", encoding="utf-8") as output:
-        root = Path(home)
-        port = _free_port()
+    resources = f"client-resources-num-cpus={cores} init-args-num-cpus={workers * cores}"
+    with tempfile.TemporaryDirectory(prefix="fedllm-flower-") as home, log.open("wb") as output:
+        root, port = Path(home), _free_port()
         _write_home(root, port, app, run_config)
         environment = _environment(root)
         with _superlink(port, environment, output):
             submit = ["flwr", "run", str(root / "app"), "simulation", "--stream"]
-            submit += ["--run-config", str(root / "run.toml"), "--federation-config", federation]
+            submit += ["--run-config", str(root / "run.toml")]
+            submit += ["--federation-config", f"num-supernodes={nodes} {resources}"]
             subprocess.run(
-                submit, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, check=False
+                submit, env=environment, stdout=output, stderr=output, start_new_session=True, check=False
             )
             _require_success(environment, log)
 
 
 def _write_home(root: Path, port: int, app: App, run_config: Mapping[str, Any]) -> None:
-    """Lay out ``FLWR_HOME``: how to reach the SuperLink, a bundle that only names the apps, the run's own values."""
-    connection = {"address": f"127.0.0.1:{port}", "insecure": True}
-    project = {
-        "project": {"name": "fedllm", "version": version("fedllm"), "description": "-", "license": "Apache-2.0"},
-        "tool": {
-            "flwr": {
-                "app": {
-                    "publisher": "fedllm",
-                    "components": {"serverapp": app.server, "clientapp": app.client},
-                    "config": dict(run_config),
-                }
-            }
-        },
+    """Lay out ``FLWR_HOME``: the SuperLink's address, a bundle that only names the apps, the run's values."""
+    flower = {
+        "publisher": "fedllm",
+        "components": {"serverapp": app.server, "clientapp": app.client},
+        "config": dict(run_config),
+    }
+    project = {"name": "fedllm", "version": version("fedllm"), "description": "-", "license": "Apache-2.0"}
+    superlink = {"address": f"127.0.0.1:{port}", "insecure": True}
+    documents: dict[str, Mapping[str, Any]] = {
+        "config.toml": {"superlink": {"default": "simulation", "simulation": superlink}},
+        "app/pyproject.toml": {"project": project, "tool": {"flwr": {"app": flower}}},
+        "run.toml": run_config,
     }
     (root / "app").mkdir()
-    for path, document in {
-        root / "config.toml": {"superlink": {"default": "simulation", "simulation": connection}},
-        root / "app" / "pyproject.toml": project,
-        root / "run.toml": dict(run_config),
-    }.items():
-        path.write_text(tomli_w.dumps(document), encoding="utf-8")
+    for name, document in documents.items():
+        (root / name).write_text(tomli_w.dumps(document), encoding="utf-8")
 
 
 def _environment(home: Path) -> dict[str, str]:
@@ -133,11 +128,9 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _superlink(port: int, environment: dict[str, str], output: IO[str]) -> Iterator[None]:
+def _superlink(port: int, environment: dict[str, str], output: IO[bytes]) -> Iterator[None]:
     command = ["flower-superlink", "--simulation", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
         _await_health(process, port)
         yield
