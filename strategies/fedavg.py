@@ -16,12 +16,12 @@ from fedllm import models
 from fedllm.accumulator import WeightedSum
 from fedllm.config import RunConfig, Section
 from fedllm.data import Batch
-from fedllm.errors import ConfigError, WireError
+from fedllm.errors import ConfigError
 from fedllm.models import Model
 from fedllm.randomness import stream
 from fedllm.tensors import Spec, Tensors, spec_of
 from fedllm.training import descend, minibatches
-from strategies.base import Answer, Commit, Exchange, Passes, Reply, State, Work
+from strategies.base import Answer, Commit, Exchange, Method, Passes, Reply, State, Work
 
 __all__ = ["METHOD", "FedAvg", "Options"]
 
@@ -38,7 +38,7 @@ class Round:
     updates: WeightedSum
 
 
-class FedAvg:
+class FedAvg(Method):
     """Every client tunes the whole model; the server averages by numbers of texts."""
 
     Options = Options
@@ -56,7 +56,7 @@ class FedAvg:
         """Load the base model with every parameter trainable."""
         return models.load(self.config, labels)
 
-    def spec(self, kind: str, tensors: Tensors) -> Spec:
+    def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
         """Expect an update of every global tensor."""
         return spec_of(tensors)
 
@@ -95,10 +95,6 @@ class FedAvg:
             return state.tensors, state.memory
         update = acc.updates.mean()
         return {name: old + update[name] for name, old in state.tensors.items()}, state.memory
-
-    def replay(self, tensors: Tensors, record: bytes) -> Tensors:
-        """Refuse: updates are sent, never replayed."""
-        raise WireError("fedavg sends no replays")
 
 
 METHOD = FedAvg
