@@ -30,8 +30,8 @@ __all__ = [
     "Factors",
     "NormSum",
     "align",
-    "complete",
     "compact",
+    "complete",
     "leading",
     "norm",
     "pairs",
@@ -176,8 +176,8 @@ def unheld(factors: Factors, weight_of_rank: Mapping[int, int]) -> Factors:
 class FactorSum:
     """Weighted mean of low-rank products, and of whatever else the replies hold; order-free to the bit.
 
-    Replies' factors wait, sorted by node, to be stacked. Once a matrix's stacked ranks reach min(m, n), stacking
-    costs more than the matrix itself: its products are then added in fixed point to one dense m x n.
+    Replies' factors wait to be stacked, sorted by node. Once a matrix's stacked ranks reach min(m, n), they
+    cost more than the matrix itself: its products are then added in fixed point to one dense m x n.
     Ranks only add up, so which of the two happens depends on the accepted replies alone, not on their order.
 
     Args:
@@ -186,10 +186,12 @@ class FactorSum:
     """
 
     def __init__(self, tensors: Tensors, plain: Iterable[str]) -> None:
-        self.layers = pairs(tensors)
+        self.layers, self.names = pairs(tensors), tuple(plain)
         self.weight_of_rank: Counter[int] = Counter()
         self.count = 0
-        self._plain = WeightedSum(spec_of({name: tensors[name] for name in plain}) | {_REACH: TensorSpec(())})
+        self._plain = WeightedSum(
+            spec_of({name: tensors[name] for name in self.names}) | {_REACH: TensorSpec(())}
+        )
         self._waiting: dict[str, dict[int, tuple[Factors, int]]] = {layer: {} for layer in self.layers}
         self._dense: dict[str, WeightedSum] = {}
 
@@ -243,7 +245,7 @@ class FactorSum:
 class NormSum:
     """HetLoRA's mean of factors (Cho et al., EMNLP 2024): zero-padded, weighted by ||B_k A_k||_F.
 
-    Clients whose adapter does more count more; ``weight`` multiplies the norm, so that equal norms give FedAvg.
+    Clients whose adapter does more count more; ``weight`` multiplies the norm: equal norms give FedAvg.
 
     Args:
         tensors: the global tensors; other names than factors are averaged plainly.
@@ -251,13 +253,12 @@ class NormSum:
     """
 
     def __init__(self, tensors: Tensors, plain: Iterable[str]) -> None:
-        self.layers = pairs(tensors)
+        self.layers, self.names = pairs(tensors), tuple(plain)
         self._tensors = tensors
         padded = [name for pair in self.layers.values() for name in pair]
         spec = {name: TensorSpec(tuple(tensors[name].shape), torch.float64) for name in padded}
         norms = {_norm_of(layer): TensorSpec((), torch.float64) for layer in self.layers}
-        self._sum = WeightedSum(spec | norms | spec_of({name: tensors[name] for name in plain}))
-        self._plain = frozenset(plain)
+        self._sum = WeightedSum(spec | norms | spec_of({name: tensors[name] for name in self.names}))
 
     @property
     def count(self) -> int:
@@ -284,7 +285,7 @@ class NormSum:
 
     def plain(self) -> Tensors:
         """Weighted mean of the other tensors."""
-        return {name: value for name, value in self._sum.mean().items() if name in self._plain}
+        return {name: value for name, value in self._sum.mean().items() if name in self.names}
 
 
 _REACH = "\0reach"
@@ -316,7 +317,7 @@ def _svd(factors: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     core = rb @ ra.T
     try:
         u, s, vt = torch.linalg.svd(core, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:
         # Divide and conquer can fail to converge where plain QR iteration does not.
         u, s, vt = map(torch.from_numpy, scipy.linalg.svd(core.numpy(), False, lapack_driver="gesvd"))
     return qb @ u, s, vt @ qa.T
