@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from fedllm.config import RunConfig
@@ -20,6 +22,8 @@ __all__ = ["attach", "method_names"]
 # peft's names carry a suffix that nobody writes, and two common methods are switches of lora there.
 _ALIASES = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
 _SWITCHES = {"dora": "use_dora", "rslora": "use_rslora"}
+# These choose among tasks or trained adapters, of which a run has one.
+_UNSUITED = {"MULTITASK_PROMPT_TUNING", "POLY", "XLORA"}
 
 
 def method_names() -> list[str]:
@@ -28,7 +32,7 @@ def method_names() -> list[str]:
     >>> {"lora", "dora", "vera", "ia3", "adalora", "prompt", "prefix", "p-tuning"} <= set(method_names())
     True
     """
-    own = [str(kind.value).lower().replace("_", "-") for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
+    own = [kind.lower().replace("_", "-") for kind in _kinds()]
     return sorted({*own, *_ALIASES, *_SWITCHES})
 
 
@@ -42,20 +46,28 @@ def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) 
         heads: modules that are new in this model and must be trained and saved whole.
 
     Raises:
-        ModelError: unknown method (names the nearest), unknown option, unknown target (lists the model's own), or a
-            method that does not work for this model.
+        ModelError: unknown method (names the nearest), unknown option, unknown target (lists the model's
+            own), or a method that does not work for this model.
     """
     settings = _settings(model, config, task, heads)
     try:
-        return peft.get_peft_model(model, settings)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            # peft remarks on its own deprecated calls, and on defaults that the options may change.
+            warnings.simplefilter("ignore")
+            adapted = peft.get_peft_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         hint = _own_modules(model) if "target_modules" in _fields(type(settings)) else ""
         raise ModelError(
-            f"tuning.peft = {config.tuning.peft!r} cannot be attached to {type(model).__name__}: {error}{hint}"
+            f"tuning.peft = {config.tuning.peft!r} cannot be attached to {type(model).__name__}: "
+            f"{_one_line(error)}{hint}"
         ) from error
+    if "exclude_modules" in _fields(type(settings)) and check_target_module_exists(settings, "pooler.dense"):
+        # Our encoders come without the pooler; the adapter must not look for it in a stock model.
+        settings.exclude_modules = {*(settings.exclude_modules or ()), "pooler.dense"}
+    return adapted
 
 
-def _settings(model: Any, config: RunConfig, task: str, heads: Sequence[str]) -> peft.PeftConfig:
+def _settings(model: Any, config: RunConfig, task: str, heads: Sequence[str]) -> Any:
     tuning = config.tuning
     kind = _config_class(tuning.peft)
     fields = _fields(kind)
@@ -65,20 +77,22 @@ def _settings(model: Any, config: RunConfig, task: str, heads: Sequence[str]) ->
     for name, value in {"r": tuning.rank, "lora_alpha": tuning.alpha, "alpha": tuning.alpha}.items():
         if name in fields:
             values[name] = value
+    if "oft_block_size" in fields:
+        # OFT takes a block size or a number of blocks, never both; peft's default is the size.
+        del values["r"]
     if "total_step" in fields:
         # AdaLoRA prunes from init_r down to target_r by its own calls between steps, which a federated
         # round does not make: the rank stays where it starts.
         values |= {"init_r": tuning.rank, "target_r": tuning.rank}
         values["total_step"] = config.rounds * config.training.local_steps
+    if "num_virtual_tokens" in fields:
+        values["num_virtual_tokens"] = 20
     if tuning.targets:
         if "target_modules" not in fields:
             raise ModelError(
                 f"tuning.targets does not apply to tuning.peft = {tuning.peft!r}; leave it empty"
             )
         values["target_modules"] = _targets(model, tuning.targets)
-    if "exclude_modules" in fields:
-        # Our encoders have no pooler; without this an adapter on "dense" would look for one in a stock model.
-        values["exclude_modules"] = ["pooler.dense"]
     if heads and "modules_to_save" in fields:
         values["modules_to_save"] = sorted(heads)
     for name in tuning.options:
@@ -90,13 +104,21 @@ def _settings(model: Any, config: RunConfig, task: str, heads: Sequence[str]) ->
         raise ModelError(f"tuning.options are not what {kind.__name__} takes: {error}") from error
 
 
+def _kinds() -> dict[str, type[peft.PeftConfig]]:
+    kinds = {str(kind.value): settings for kind, settings in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    return {kind: settings for kind, settings in kinds.items() if kind not in _UNSUITED}
+
+
 def _config_class(name: str) -> type[peft.PeftConfig]:
     plain = _plain(name)
     wanted = "LORA" if plain in _SWITCHES else _ALIASES.get(plain, plain.upper().replace("-", "_"))
-    for kind, settings in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        if str(kind.value) == wanted:
-            return settings
+    if wanted in _kinds():
+        return _kinds()[wanted]
     raise ModelError(f"tuning.peft = {name!r} is unknown{_nearest(plain, ['full', *method_names()])}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _plain(name: str) -> str:

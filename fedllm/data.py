@@ -32,6 +32,9 @@ __all__ = [
 IGNORED = -100
 """The label of a token that is not predicted."""
 
+WINDOW = 8
+"""Characters per wanted token that are looked at first; English has four to five."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -128,7 +131,7 @@ def load(config: DataConfig, task: str) -> Corpus:
             and then for the partition.
 
     Raises:
-        DataError: a column is missing, or a row is not readable; names the file, the line and what would be right.
+        DataError: a column is missing or a row is not readable; names file, line and what would be right.
     """
     by_class = config.partition in ("dirichlet", "pathological")
     required = task == "classification" or by_class
@@ -244,9 +247,7 @@ def tokenise(corpus: Corpus, tokenizer: Any, max_length: int, task: str) -> Toke
     """
     if task == "classification" and corpus.labels is None:
         raise DataError("texts to classify need classes; set data.label")
-    ids = tokenizer(corpus.texts, truncation=True, max_length=max_length, return_attention_mask=False)[
-        "input_ids"
-    ]
+    ids = _encode(corpus.texts, tokenizer, max_length)
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     if len(lengths) and lengths.min() == 0:
         raise DataError(
@@ -255,6 +256,36 @@ def tokenise(corpus: Corpus, tokenizer: Any, max_length: int, task: str) -> Toke
     flat = np.fromiter((token for text in ids for token in text), dtype=np.int32, count=int(lengths.sum()))
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) if len(ids) else lengths
     return Tokens(flat, starts, lengths, corpus.labels, int(tokenizer.pad_token_id), task)
+
+
+def _encode(texts: list[str], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Tokenise only the beginnings of long texts: the rest would be computed and thrown away.
+
+    Tokenizers never look across a space, so the tokens of a text cut at one are those of the whole text;
+    where the beginning falls short of ``max_length`` tokens, the whole text is taken after all.
+    """
+
+    def encode(some: list[str]) -> list[list[int]]:
+        settings = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
+        ids: list[list[int]] = tokenizer(some, **settings)["input_ids"] if some else []
+        return ids
+
+    if tokenizer.truncation_side != "right":
+        return encode(texts)
+    beginnings = [_beginning(text, WINDOW * max_length) for text in texts]
+    ids = encode(beginnings)
+    short = [
+        i for i, tokens in enumerate(ids) if len(tokens) < max_length and len(beginnings[i]) < len(texts[i])
+    ]
+    for i, tokens in zip(short, encode([texts[i] for i in short]), strict=True):
+        ids[i] = tokens
+    return ids
+
+
+def _beginning(text: str, length: int) -> str:
+    """Cut a text at the first space from ``length`` characters on, if there is one."""
+    end = text.find(" ", length)
+    return text if end < 0 else text[:end]
 
 
 def _column(row: Row, name: str, key: str) -> Any:
@@ -310,4 +341,4 @@ def _apportion(counts: Indices, fraction: float) -> Indices:
     shares = np.floor(exact).astype(np.int64)
     missing = math.floor(counts.sum() * fraction + 0.5) - int(shares.sum())
     shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
-    return np.clip(shares, np.minimum(1, counts), np.maximum(counts - 1, 0))
+    return np.minimum(np.maximum(shares, np.minimum(1, counts)), np.maximum(counts - 1, 0)).astype(np.int64)

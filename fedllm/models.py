@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,9 +71,8 @@ class Model:
             )
         for name, parameter in parameters.items():
             if tensors[name].shape != parameter.shape:
-                raise ModelError(
-                    f"cannot write {name}: its shape is {tuple(parameter.shape)}, not {tuple(tensors[name].shape)}"
-                )
+                given, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
+                raise ModelError(f"cannot write {name}: its shape is {wanted}, not {given}")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
@@ -95,8 +93,8 @@ class Model:
 def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
     """Load the base model and attach what is trained.
 
-    The trained tensors are a function of ``config.model``, ``config.tuning`` and ``config.seed`` only, and the
-    process's own random state is left as it was. The module comes in training mode.
+    The trained tensors are a function of ``config.model``, ``config.tuning`` and ``config.seed`` only, and
+    the process's own random state is left as it was. The module comes in training mode.
 
     Args:
         config: the run.
@@ -106,9 +104,8 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
         ModelError: the model cannot be found or read, or the adapter does not fit it.
     """
     if config.model.task == "classification" and len(labels) < 2:
-        raise ModelError(
-            f"classification needs at least two classes, the data has {len(labels)}: {', '.join(labels)}"
-        )
+        have = ", ".join(labels) or "none"
+        raise ModelError(f"classification needs at least two classes; the data has {have}")
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(derive(config.seed, "model") % 2**63)
         source = model_source(config.model.name)
@@ -188,15 +185,15 @@ def save(model: Model, folder: Path) -> Path:
 def _network(source: str, config: RunConfig, labels: tuple[str, ...], tokenizer: Any) -> Network:
     pooling: Any = "causal" if config.model.task == "causal" else config.model.pooling
     backbone, heads = _base(source, config, labels, pooling, tokenizer)
-    if config.training.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    width = int(backbone.config.hidden_size)
+    base = backbone
     if config.tuning.peft != "full":
         from fedllm.adapters import attach
 
         tasks = {"causal": "CAUSAL_LM", "own": "SEQ_CLS"}
         backbone = attach(backbone, config, tasks.get(pooling, "FEATURE_EXTRACTION"), heads)
-    head = nn.Linear(width, len(labels)) if pooling in ("mean", "cls") else None
+    if config.training.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    head = nn.Linear(int(base.config.hidden_size), len(labels)) if pooling in ("mean", "cls") else None
     return Network(backbone, pooling, head)
 
 
@@ -253,9 +250,8 @@ def _tokenizer(source: str, config: RunConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(
-                f"model.name = {config.model.name!r}: its tokenizer has neither a padding nor an end token"
-            )
+            name = config.model.name
+            raise ModelError(f"model.name = {name!r}: its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -268,18 +264,20 @@ def _explained(config: RunConfig) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
-            f"model.name = {name!r} cannot be loaded for {config.model.task} (a bundled name ({', '.join(MODELS)}), "
-            f"a local transformers folder, a GGUF file or a hub name is wanted): {reason[:300]}"
+            f"model.name = {name!r} cannot be loaded for {config.model.task} (wanted is a bundled name "
+            f"({', '.join(MODELS)}), a local transformers folder, a GGUF file or a hub name): {reason[:300]}"
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the loading bars and reports, whose content we check ourselves; restore afterwards."""
-    from transformers.utils import logging as chatter
+    from transformers.utils import logging
+
+    chatter: Any = logging
 
     level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity(logging.CRITICAL)
+    chatter.set_verbosity(chatter.CRITICAL)
     chatter.disable_progress_bar()
     try:
         yield

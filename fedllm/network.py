@@ -6,6 +6,7 @@ bring a head of their own, and causal models, are called through the same signat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class Output:
     """What one forward pass yields.
 
     Attributes:
-        loss: 0-dim float32 mean over texts (classification) or predicted tokens (causal); ``None`` without labels.
+        loss: 0-dim float32 mean over texts (classification) or predicted tokens (causal), or ``None`` without
+            labels.
         logits: [b, classes] float32, or [b, t, vocabulary].
         hidden_states: one [b, t, width] per layer and one for the embeddings, or ``None``.
         attentions: one [b, heads, t, t] per layer, or ``None``.
@@ -121,9 +123,9 @@ class Network(nn.Module):
     def pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Pool [b, t', width] to [b, width] float32 vectors of length sqrt(width).
 
-        Virtual tokens that a prompt puts in front (t' > t) steer the text's tokens but are not pooled themselves.
-        The fixed length is that of sentence encoders' unit vectors, scaled so that a linear layer of
-        the usual initial size starts with logits of order one.
+        Virtual tokens that a prompt puts in front (t' > t) steer the text's tokens but are not pooled.
+        The fixed length is that of sentence encoders' unit vectors, scaled so that a linear layer of the
+        usual initial size starts with logits of order one.
         """
         hidden = hidden[:, -attention_mask.shape[1] :].float()
         if self.pooling == "cls":
@@ -131,7 +133,7 @@ class Network(nn.Module):
         else:
             weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-        return functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
+        return functional.normalize(pooled, dim=-1) * math.sqrt(pooled.shape[-1])
 
     @contextmanager
     def _eager(self, wanted: bool) -> Iterator[None]:

@@ -50,7 +50,8 @@ def by_group(groups: list[str], clients: int, key: str) -> list[Indices]:
     names, inverse = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
     if len(names) != clients:
         raise DataError(
-            f"{key} gives one client to each of {len(names)} groups, but clients = {clients}; set clients = {len(names)}"
+            f"{key} gives one client to each of {len(names)} groups, but clients = {clients}; "
+            f"set clients = {len(names)}"
         )
     return [np.flatnonzero(inverse == k) for k in range(clients)]
 

@@ -51,7 +51,8 @@ def read_rows(config: DataConfig) -> Iterator[Row]:
     if any(path.glob("*/*.txt")):
         return _class_folders(path)
     raise DataError(
-        f"data.path = {config.path!r} holds neither {', '.join(_SUFFIXES)} files nor one folder of .txt files per class"
+        f"data.path = {config.path!r} holds neither {', '.join(_SUFFIXES)} files "
+        "nor one folder of .txt files per class"
     )
 
 
@@ -106,8 +107,8 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]  # ships no stubs
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
