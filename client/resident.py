@@ -1,0 +1,209 @@
+"""The resident worker: one process per node that keeps model, data and caches loaded between messages.
+
+Flower starts a new process for every message. That process stays thin and calls :func:`ask`; the worker
+behind the Unix socket answers. Requests and answers are opaque bytes over gRPC, with gRPC's standard health
+service beside them.
+
+An answer that nobody waits for any more (deadline passed, run stopped) cannot be interrupted inside torch, so
+the worker gives it a few seconds and then ends itself; its supervisor starts a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from types import FrameType
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedllm.errors import FedllmError
+from fedllm.processes import die_with_parent
+
+__all__ = ["Answer", "WorkerError", "ask", "healthy", "serve"]
+
+Answer = Callable[[bytes], bytes]
+"""What the worker does with one request."""
+
+SERVICE = "fedllm.Worker"
+METHOD = f"/{SERVICE}/Answer"
+GRACE_SECONDS = 5.0
+ATTEMPTS = 3
+ABANDONED = 75
+"""Exit status of a worker whose answer nobody waited for (EX_TEMPFAIL)."""
+
+_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+_log = logging.getLogger("fedllm.worker")
+
+
+class WorkerError(FedllmError):
+    """The resident worker could not answer; the message says why."""
+
+
+def ask(socket: str | Path, request: bytes, timeout: float = 3600.0) -> bytes:
+    """Have the worker answer one request, waiting for it to start or to come back where that is needed.
+
+    Args:
+        socket: the worker's Unix socket.
+        request: opaque to this module. It may be sent again if the worker dies over it.
+        timeout: seconds until the answer must be here, restarts included.
+
+    Raises:
+        WorkerError: no answer in time, the worker died over the request three times, or it refused.
+    """
+    deadline = time.monotonic() + timeout
+    for attempt in range(1, ATTEMPTS + 1):
+        with grpc.insecure_channel(f"unix:{socket}", options=_OPTIONS) as channel:
+            call = channel.unary_unary(METHOD)
+            try:
+                return bytes(call(request, timeout=deadline - time.monotonic(), wait_for_ready=True))
+            except grpc.RpcError as error:
+                code, details = error.code(), error.details()
+                if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise WorkerError(f"the worker did not answer within {timeout:.0f} s") from error
+                if code != grpc.StatusCode.UNAVAILABLE:
+                    raise WorkerError(str(details)) from error
+                if attempt == ATTEMPTS:
+                    raise WorkerError(f"the worker died {ATTEMPTS} times over this request") from error
+        # The socket of the dead worker refuses at once; its successor takes a moment to replace it.
+        time.sleep(0.2)
+    raise AssertionError("unreachable")
+
+
+def healthy(socket: str | Path, timeout: float = 1.0) -> bool:
+    """Whether the worker has loaded what it needs and takes requests (standard gRPC health protocol)."""
+    with grpc.insecure_channel(f"unix:{socket}") as channel:
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        try:
+            status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout).status
+        except grpc.RpcError:
+            return False
+    return bool(status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def serve(socket: Path, load: Callable[[], Answer], *, memory: int | None = None) -> grpc.Server:
+    """Serve requests on a socket that only this user can open; returns once ``load`` has returned.
+
+    Args:
+        socket: path of the Unix socket, at most about 100 characters; its folder is made private.
+        load: imports and prepares whatever answers need; health says NOT_SERVING until it is done.
+        memory: bytes of private memory this process may allocate; an allocation beyond fails, which the one
+            request then reports, and the worker goes on.
+    """
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    socket.unlink(missing_ok=True)
+    handler = _Handler()
+    status = health.HealthServicer()
+    status.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=8), options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    method = grpc.unary_unary_rpc_method_handler(handler.answer)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Answer": method}),))
+    before = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+    finally:
+        os.umask(before)
+    server.start()
+    handler.ready(load())
+    status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    return server
+
+
+class _Handler:
+    """Answers one request at a time: two at once would need the memory of both."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._loaded = threading.Event()
+        self._answer: Answer = _not_loaded
+
+    def ready(self, answer: Answer) -> None:
+        self._answer = answer
+        self._loaded.set()
+
+    def answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        while not self._loaded.wait(0.1) or not self._turn.acquire(timeout=0.1):
+            if not context.is_active():
+                return b""
+        finished = threading.Event()
+        try:
+            context.add_callback(lambda: _leave_unless(finished))
+            return self._answer(request)
+        except FedllmError as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            _log.exception("a request did not fit into memory")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"out of memory on this device: {error}")
+        except Exception as error:
+            # Sent to the server, whose operator sees it in the run; the traceback stays in the device's log.
+            _log.exception("a request failed")
+            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        finally:
+            finished.set()
+            self._turn.release()
+        raise AssertionError("unreachable")
+
+
+def _not_loaded(request: bytes) -> bytes:
+    raise AssertionError("asked before it was loaded")
+
+
+def _leave_unless(finished: threading.Event) -> None:
+    def watch() -> None:
+        if not finished.wait(GRACE_SECONDS):
+            _log.warning("nobody waits for this answer any more; starting anew")
+            os._exit(ABANDONED)
+
+    if not finished.is_set():
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """Run a worker process: ``python -m client.resident --socket PATH``."""
+    parser = argparse.ArgumentParser(description="Resident worker of one fedllm node")
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument(
+        "--answer", default="client.worker:answer_bytes", help="MODULE:FUNCTION, bytes to bytes"
+    )
+    parser.add_argument("--memory", type=int, default=None, help="bytes this process may allocate")
+    arguments = parser.parse_args()
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="worker: %(message)s")
+    module, _, name = arguments.answer.partition(":")
+
+    def load() -> Answer:
+        answer: Answer = getattr(importlib.import_module(module), name)
+        return answer
+
+    server = serve(arguments.socket, load, memory=arguments.memory)
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        server.stop(None)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+    _log.info("ready")
+    server.wait_for_termination()
+    with contextlib.suppress(FileNotFoundError):
+        arguments.socket.unlink()
+
+
+if __name__ == "__main__":
+    main()
