@@ -74,12 +74,8 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line in a single write."""
-    with disk_errors(path.parent):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, f"{line}\n".encode())
-        finally:
-            os.close(descriptor)
+    with disk_errors(path.parent), path.open("ab") as file:
+        file.write(f"{line}\n".encode())
 
 
 def finite(value: Any) -> Any:

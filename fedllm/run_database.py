@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fedllm.durable import to_json
+from fedllm.durable import sync_folder, to_json
 from fedllm.errors import StoreError
 
 __all__ = [
@@ -24,9 +24,8 @@ __all__ = [
     "NodeRound",
     "Round",
     "connect",
-    "create_tables",
+    "create",
     "insert",
-    "is_created",
     "open_connection",
     "select",
     "transaction",
@@ -191,24 +190,6 @@ def connect(folder: Path, *, write: bool = False) -> Iterator[sqlite3.Connection
         connection.close()
 
 
-def is_created(folder: Path) -> bool:
-    """Whether a folder holds a run; a creation that was cut short leaves none.
-
-    Raises:
-        StoreError: ``run.db`` is damaged.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        return False
-    try:
-        with contextlib.closing(
-            open_connection(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-        ) as connection:
-            return bool(connection.execute("PRAGMA user_version").fetchone()[0])
-    except sqlite3.Error as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
-
-
 def open_connection(database: str, *, uri: bool = False) -> sqlite3.Connection:
     """Open a database as all of this project does: explicit transactions, rows by column name."""
     connection = sqlite3.connect(database, timeout=10, isolation_level=None, uri=uri, check_same_thread=False)
@@ -221,22 +202,25 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.DatabaseError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
-    if version == 0:
-        raise StoreError(f"{path.parent} holds no run: its creation was cut short")
     if version != SCHEMA_VERSION:
         raise StoreError(
             f"{path} has schema {version}, this fedllm reads {SCHEMA_VERSION}: use the fedllm that wrote it"
         )
 
 
-def create_tables(connection: sqlite3.Connection, meta: Mapping[str, Any]) -> None:
-    """Make the tables and the first rows of ``meta`` in one transaction."""
-    connection.execute("PRAGMA journal_mode = WAL")
-    with transaction(connection):
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
-        connection.executemany("INSERT INTO meta VALUES (?, ?)", [(k, to_json(v)) for k, v in meta.items()])
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+def create(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Make ``run.db`` with its tables and the first rows of ``meta``; it appears complete."""
+    unfinished = folder / f".{FILE}-new"
+    with contextlib.closing(open_connection(str(unfinished))) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        with transaction(connection):
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+            rows = [(key, to_json(value)) for key, value in meta.items()]
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    unfinished.rename(folder / FILE)
+    sync_folder(folder)
 
 
 @contextlib.contextmanager

@@ -102,9 +102,8 @@ class RunStore:
                 "wire_up": None, "wire_down": None, "phase": {},
             }  # fmt: skip
             with disk_errors(folder):
-                connection = run_database.open_connection(str(folder / run_database.FILE))
-                run_database.create_tables(connection, meta)
-            store = cls(folder, lock, connection)
+                run_database.create(folder, meta)
+                store = cls(folder, lock, run_database.open_connection(str(folder / run_database.FILE)))
         except BaseException:
             lock.release()
             raise
@@ -122,8 +121,7 @@ class RunStore:
             lock = RunLock(folder)
         try:
             with disk_errors(folder):
-                connection = run_database.open_connection(str(folder / run_database.FILE))
-                store = cls(folder, lock, connection)
+                store = cls(folder, lock, run_database.open_connection(str(folder / run_database.FILE)))
         except BaseException:
             lock.release()
             raise
