@@ -3,7 +3,7 @@
     client k   trains A_k, B_k of W + s B A from the global (A, B); sends its changes and number of texts n_k
     server     with p_k = n_k / sum n, the rule turns {A_k, B_k, p_k} into the next global tensors:
 
-    fedit      A <- sum p_k A_k, B <- sum p_k B_k; the product is not sum p_k B_k A_k(Zhang et al., 2024)
+    fedit      A <- sum p_k A_k, B <- sum p_k B_k; the product is not sum p_k B_k A_k (Zhang et al., 2024)
     ffa        A stays as initialised and is never sent; B <- sum p_k B_k           (Sun et al., 2024)
     alternate  B and A in turn, the other frozen: each mean is exact                (Chen et al., 2024)
     svd        B A <- best rank r of sum p_k B_k A_k                                (Bai et al., 2024)
