@@ -1,0 +1,87 @@
+"""Packing of small integer codes into bytes: a 4-bit code is 4 bits on the wire.
+
+Codes of a width that does not divide eight are split into bit fields that do (5 = 4 + 1). A field is packed by
+planes - code ``i`` shares its byte with codes ``i + n``, ``i + 2n``, ... - so that every operation runs over
+contiguous memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Codes", "pack_codes", "packed_bytes", "unpack_codes"]
+
+Codes = npt.NDArray[np.uint8]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes of ``bits`` bits take.
+
+    >>> packed_bytes(1000, 4), packed_bytes(9, 1), packed_bytes(8, 5)
+    (500, 2, 5)
+    """
+    return sum(-(-count * field // 8) for field in _fields(bits))
+
+
+def pack_codes(codes: Codes, bits: int) -> bytes:
+    """Pack codes in [0, 2**bits), 1 <= bits <= 8.
+
+    >>> pack_codes(np.array([1, 2, 3, 4], np.uint8), 4).hex()
+    '3142'
+    """
+    if bits == 8:
+        return codes.tobytes()
+    parts, shift = [], 0
+    for field in _fields(bits):
+        parts.append(_pack_field(codes >> shift & (1 << field) - 1 if field != bits else codes, field))
+        shift += field
+    return b"".join(parts)
+
+
+def unpack_codes(data: bytes | memoryview, count: int, bits: int) -> Codes:
+    """Invert :func:`pack_codes`; ``data`` must hold ``packed_bytes(count, bits)`` bytes.
+
+    >>> unpack_codes(pack_codes(np.arange(7, dtype=np.uint8), 3), 7, 3).tolist()
+    [0, 1, 2, 3, 4, 5, 6]
+    """
+    raw = np.frombuffer(data, np.uint8)
+    if bits == 8:
+        return raw.copy()
+    codes: Codes | None = None
+    shift = start = 0
+    for field in _fields(bits):
+        size = -(-count * field // 8)
+        part = _unpack_field(raw[start : start + size], field)[:count]
+        codes = part if codes is None else codes | part << shift
+        shift += field
+        start += size
+    assert codes is not None
+    return codes
+
+
+def _fields(bits: int) -> list[int]:
+    return [field for field in (8, 4, 2, 1) if bits & field]
+
+
+def _pack_field(codes: Codes, field: int) -> bytes:
+    if field == 1:
+        return np.packbits(codes, bitorder="little").tobytes()
+    planes = 8 // field
+    size = -(-codes.size // planes)
+    packed = codes[:size].copy()
+    for plane in range(1, planes):
+        piece = codes[plane * size : (plane + 1) * size]
+        packed[: piece.size] |= piece << field * plane
+    return packed.tobytes()
+
+
+def _unpack_field(raw: Codes, field: int) -> Codes:
+    if field == 1:
+        return np.unpackbits(raw, bitorder="little")
+    mask = (1 << field) - 1
+    codes = np.empty((8 // field, raw.size), np.uint8)
+    for plane, row in enumerate(codes):
+        np.right_shift(raw, field * plane, out=row)
+        np.bitwise_and(row, mask, out=row)
+    return codes.reshape(-1)

@@ -1,0 +1,206 @@
+"""A chain: named tensors -> rows of floats -> integer codes -> bytes, and back.
+
+Four kinds of piece, always in this order, so that one line of text can spell any chain:
+
+    layout      tensors -> rows     low_rank, or the concatenation that goes without saying
+    transform   rows -> rows        rotate, top_k, random_k (any number of them)
+    quantizer   rows -> codes       quantize, sign, nf4, cast, or the floats as they are
+    coder       codes -> bytes      entropy, or plain packing
+
+``Rows`` are float32 matrices; a quantizer never lets two rows share a scale. Every piece can tell the shapes of
+what it makes from the shapes of what it takes and its own few bytes of side information: that is how a receiver
+knows each size before it allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+
+from fedllm.codecs.base import Buffer, CodecContext, FramedCodec, Reader
+from fedllm.codecs.bits import Codes
+from fedllm.errors import CodecError
+from fedllm.randomness import stream
+from fedllm.tensors import Spec, Tensors, dense_bytes, pack, spec_of, unpack
+
+__all__ = ["Chain", "Coder", "Layout", "Quantizer", "Rows", "Shapes", "Transform", "generator", "spell"]
+
+Rows = list[torch.Tensor]
+"""Float32 matrices [rows, width]."""
+
+Shapes = list[tuple[int, int]]
+
+
+class Piece(Protocol):
+    """What all four kinds declare; see :class:`~fedllm.codecs.base.FramedCodec`."""
+
+    @property
+    def linear(self) -> bool: ...
+    @property
+    def unbiased(self) -> bool: ...
+    @property
+    def contractive(self) -> bool: ...
+    def contracted(self) -> Self:
+        """Return the variant with the smallest error; most pieces return themselves."""
+        ...
+
+
+class Layout(Piece, Protocol):
+    """Tensors to rows."""
+
+    def encode(self, tensors: Tensors, context: CodecContext) -> tuple[Rows, bytes]:
+        """Return rows and side information."""
+        ...
+
+    def outline(self, spec: Spec, reader: Reader) -> tuple[Shapes, Any]:
+        """Read the side information; return the shapes of the rows and what ``decode`` needs to know."""
+        ...
+
+    def decode(self, rows: Rows, plan: Any, spec: Spec) -> Tensors:
+        """Invert ``encode``; float32 tensors."""
+        ...
+
+
+class Transform(Piece, Protocol):
+    """Rows to rows."""
+
+    def encode(self, rows: Rows, context: CodecContext) -> tuple[Rows, bytes]:
+        """Return new rows and side information."""
+        ...
+
+    def outline(self, shapes: Shapes, reader: Reader, context: CodecContext) -> tuple[Shapes, Any]:
+        """Read the side information; return the shapes of the new rows and what ``decode`` needs to know."""
+        ...
+
+    def decode(self, rows: Rows, plan: Any, shapes: Shapes, context: CodecContext) -> Rows:
+        """Invert ``encode``; returns rows of ``shapes``."""
+        ...
+
+
+class Coder(Protocol):
+    """Codes to bytes, lossless."""
+
+    def encode(self, codes: Codes, alphabet: int) -> Sequence[Buffer]:
+        """Return bytes for codes in [0, alphabet)."""
+        ...
+
+    def decode(self, reader: Reader, count: int, alphabet: int) -> Codes:
+        """Return ``count`` codes in [0, alphabet)."""
+        ...
+
+
+class Quantizer(Piece, Protocol):
+    """Rows to codes."""
+
+    def encode(self, rows: Rows, coder: Coder, context: CodecContext) -> Sequence[Buffer]:
+        """Return scales and coded values."""
+        ...
+
+    def decode(self, reader: Reader, shapes: Shapes, coder: Coder, context: CodecContext) -> Rows:
+        """Invert ``encode``; returns rows of ``shapes``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chain(FramedCodec):
+    """One chain. Build it with :func:`fedllm.codecs.compose.chain` or :func:`fedllm.codecs.parse`.
+
+    A body that would be larger than the uncompressed tensors is replaced by those, in their own dtype.
+    """
+
+    layout: Layout
+    transforms: tuple[Transform, ...]
+    quantizer: Quantizer
+    coder: Coder
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def _pieces(self) -> tuple[Piece, ...]:
+        return (self.layout, *self.transforms, self.quantizer)
+
+    @property
+    def linear(self) -> bool:  # type: ignore[override]  # derived from the pieces, read-only by design
+        return all(piece.linear for piece in self._pieces)
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]  # as above
+        return all(piece.unbiased for piece in self._pieces)
+
+    @property
+    def contractive(self) -> bool:  # type: ignore[override]  # as above
+        return all(piece.contractive for piece in self._pieces)
+
+    def contracted(self) -> Chain:
+        """Return the chain of its pieces' smallest-error variants."""
+        transforms = tuple(transform.contracted() for transform in self.transforms)
+        return replace(
+            self,
+            layout=self.layout.contracted(),
+            transforms=transforms,
+            quantizer=self.quantizer.contracted(),
+        )
+
+    def write(
+        self, tensors: Tensors, state: Tensors, context: CodecContext
+    ) -> tuple[Sequence[Buffer], Tensors]:
+        """Return the body: one byte that says whether it is coded, side information, scales and codes."""
+        rows, side = self.layout.encode(tensors, context)
+        sides = [side]
+        for transform in self.transforms:
+            rows, side = transform.encode(rows, context)
+            sides.append(side)
+        parts = [*sides, *self.quantizer.encode(rows, self.coder, context)]
+        if sum(len(part) for part in parts) > dense_bytes(spec_of(tensors)):
+            return [b"\0", pack(tensors)], state
+        return [b"\1", *parts], state
+
+    def read(
+        self, reader: Reader, spec: Spec, state: Tensors, context: CodecContext
+    ) -> tuple[Tensors, Tensors]:
+        """Read what :meth:`write` returned."""
+        coded = reader.take(1, "header")[0]
+        if coded > 1:
+            raise CodecError(f"payload is neither dense nor coded: its first byte is {coded}")
+        if not coded:
+            return unpack(reader.take(dense_bytes(spec), "dense"), spec), state
+        shapes, layout_plan = self.layout.outline(spec, reader)
+        steps = []
+        for transform in self.transforms:
+            inner, plan = transform.outline(shapes, reader, context)
+            steps.append((transform, plan, shapes))
+            shapes = inner
+        rows = self.quantizer.decode(reader, shapes, self.coder, context)
+        for transform, plan, outer in reversed(steps):
+            rows = transform.decode(rows, plan, outer, context)
+        tensors = self.layout.decode(rows, layout_plan, spec)
+        return {name: tensor.to(spec[name].dtype) for name, tensor in tensors.items()}, state
+
+
+def generator(context: CodecContext, purpose: str) -> np.random.Generator:
+    """Return the generator that sender and receiver of one message share for one purpose."""
+    return stream(context.seed, *context.path, purpose)
+
+
+def spell(stage: Any) -> str:
+    """Write a stage the way the parser reads it; fields declared with ``repr=False`` are not spelled.
+
+    >>> from fedllm.codecs.quantize import Quantize
+    >>> spell(Quantize(bits=4))
+    'quantize(bits=4, block=4096, stochastic=false)'
+    """
+    values = {field.name: getattr(stage, field.name) for field in fields(stage) if field.repr}
+    inside = ", ".join(f"{key}={_literal(value)}" for key, value in values.items() if value is not None)
+    return f"{stage.name}({inside})" if inside else str(stage.name)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
