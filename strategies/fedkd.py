@@ -1,0 +1,321 @@
+"""Private teachers, a shared student: FedKD (Wu et al., Nature Communications 13:2032, 2022).
+
+    client k   reads its teacher and Wh from its own disk, and for each local step
+                   teacher, Wh   descend   Lt + KL(ys || yt) / D + Lh
+                   student w     descends  Ls + KL(yt || ys) / D + Lh         (fedllm.distill)
+               keeps teacher, Wh and their optimiser's moments; sends w_k - w and its number of texts n_k
+    server     w  <-  w + sum_k n_k (w_k - w) / sum_k n_k
+
+Both directions are compressed by the run's codecs (low_rank with an energy that rises with progress is the
+paper's dynamic gradient approximation). The server evaluates the student; clients evaluate their teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fedllm import models
+from fedllm.accumulator import WeightedSum
+from fedllm.config import RunConfig, Section
+from fedllm.data import Batch
+from fedllm.distill import Distillation, Projections, View, matched_layers
+from fedllm.errors import ConfigError
+from fedllm.models import Model, Output
+from fedllm.randomness import stream
+from fedllm.student import (
+    check_pair,
+    depth,
+    freeze_embeddings,
+    keep_layers,
+    narrow,
+    principal_directions,
+    width,
+)
+from fedllm.tensors import Spec, Tensors, spec_of
+from fedllm.training import descend, learning_rate, minibatches
+from strategies.base import Answer, Commit, Exchange, Method, Passes, Reply, State, Work
+
+__all__ = ["METHOD", "FedKD", "Options"]
+
+
+class Options(Section):
+    """What the student is, who learns from whom, and how the teacher is trained."""
+
+    layers: int | tuple[int, ...] = 2
+    """Layers of the base model that the student keeps: how many, spread evenly, or which ones, from 0."""
+    width: int | None = Field(None, ge=1)
+    """Narrower width of the student, reduced by SVD; unset keeps the base model's."""
+    student: str | None = None
+    """Another model, with the teacher's tokenizer, to be the student; replaces ``layers`` and ``width``."""
+    embeddings: Literal["frozen", "teacher", "trained"] = "frozen"
+    """Whose embedding tables are trained: nobody's, the teachers', or the student's too, which travel."""
+    teacher: bool = True
+    """Train a private teacher, tuned as [tuning] says; false leaves the student to its own task loss."""
+    teacher_learning_rate: float | None = Field(None, gt=0.0)
+    """Teacher's learning rate at the first round; unset takes training.learning_rate."""
+    teacher_optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Teacher's optimiser; adamw keeps its moments on the client from round to round, sgd has none."""
+    mutual: bool = True
+    """Exchange predictions: the KL terms."""
+    hidden: bool = True
+    """Compare hidden states of matched layers."""
+    attention: bool = True
+    """Compare attention maps of matched layers."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Softens both predictions of the KL terms."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """KL(other || learner), or KL(learner || other), which suits generative students (MiniLLM)."""
+    literal: bool = False
+    """Leave the divisor D in the graph, as the paper's equations can be read."""
+
+
+@dataclass
+class Round:
+    """What one round has folded so far."""
+
+    number: int
+    updates: WeightedSum
+
+
+@dataclass
+class Tutor:
+    """The teacher's side on a client: one module per process, whose values are swapped from client to client.
+
+    Attributes:
+        model: the teacher.
+        projections: Wh.
+        first: what a client that has no state yet starts from.
+    """
+
+    model: Model
+    projections: Projections
+    first: Tensors
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is trained beside the student, by the name it has in the client's state."""
+        named = {f"teacher/{name}": p for name, p in self.model.trainable().items()}
+        return named | {f"projection/{name}": p for name, p in self.projections.named_parameters()}
+
+
+class FedKD(Method):
+    """Every client distils between its own teacher and the common student; only the student travels."""
+
+    Options = Options
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.options = Options.model_validate(config.options)
+        if self.options.student is not None and self.options.width is not None:
+            raise ConfigError(
+                "fedkd.width applies to a student made from the teacher; fedkd.student is given"
+            )
+        self._tutor: Tutor | None = None
+
+    def build(self, labels: tuple[str, ...]) -> Model:
+        """Make the student, fully trainable but for frozen embeddings."""
+        student = models.load(_tuned(self.config, "full", self.options.student), labels)
+        if self.options.student is None:
+            keep_layers(student, _chosen(self.options.layers, depth(student)))
+            if self.options.width is not None:
+                narrow(student, self.options.width)
+        if self.options.embeddings != "trained":
+            freeze_embeddings(student)
+        return student
+
+    def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
+        """Expect an update of every student tensor; an evaluation answers in metrics alone."""
+        return {} if exchange.kind == "evaluate" else spec_of(tensors)
+
+    def begin(self, state: State, round: int) -> Round:
+        """Start a sum of student updates."""
+        return Round(round, WeightedSum(spec_of(state.tensors)))
+
+    def plan(self, state: State, acc: Round) -> Exchange | Commit:
+        """Ask for local training once; there is no setup."""
+        return Commit() if acc.number == 0 or acc.updates.count else Exchange("fit")
+
+    def run(self, work: Work) -> Answer:
+        """Client: train, or evaluate both models on its held-out texts."""
+        tutor = self._summon(work) if self.options.teacher else None
+        return self._evaluate(work, tutor) if work.kind == "evaluate" else self._fit(work, tutor)
+
+    def fold(self, acc: Round, kind: str, reply: Reply) -> Round:
+        """Server: add one student update, weighted by its number of texts."""
+        if kind == "fit":
+            acc.updates.add(reply.tensors, reply.examples)
+        return acc
+
+    def step(self, state: State, acc: Round) -> tuple[Tensors, Tensors]:
+        """Server: take the mean update of the student."""
+        if not acc.updates.count:
+            return state.tensors, state.memory
+        update = acc.updates.mean()
+        return {name: old + update[name] for name, old in state.tensors.items()}, state.memory
+
+    def _fit(self, work: Work, tutor: Tutor | None) -> Answer:
+        training, student = self.config.training, work.model
+        generator = stream(self.config.seed, "batches", work.round, work.node)
+        batches: Iterable[Batch] = minibatches(
+            work.train, training.batch_size, training.local_steps, generator
+        )
+        objective = _Objective(self.options, student, tutor)
+        optimizer: torch.optim.Optimizer | None = None
+        if tutor is not None:
+            optimizer = self._optimizer(tutor, work)
+            batches = _alternating(batches, optimizer, training.max_grad_norm)
+        descend(list(student.trainable().values()), objective, batches, training, work.progress)
+        update = {name: after - work.tensors[name] for name, after in student.read().items()}
+        local = _remember(tutor, optimizer) if tutor is not None and optimizer is not None else {}
+        steps = training.local_steps
+        passes = steps * (objective.share + (tutor is not None))
+        return Answer(update, len(work.train), objective.means(), local, Passes(passes, passes))
+
+    def _evaluate(self, work: Work, tutor: Tutor | None) -> Answer:
+        if not len(work.test):
+            return Answer({}, 0, {}, work.local)
+        size = self.config.evaluation.batch_size
+        metrics = models.evaluate(work.model, work.test, size)
+        if tutor is not None:
+            scores = models.evaluate(tutor.model, work.test, size)
+            metrics |= {f"teacher_{name}": value for name, value in scores.items()}
+        return Answer({}, len(work.test), metrics, work.local)
+
+    def _summon(self, work: Work) -> Tutor:
+        """Put this client's teacher and Wh into the process's one teacher module."""
+        if self._tutor is None:
+            self._tutor = self._prepare(work.model)
+        values = work.local or self._tutor.first
+        with torch.no_grad():
+            for name, parameter in self._tutor.parameters().items():
+                parameter.copy_(values[name])
+        return self._tutor
+
+    def _prepare(self, student: Model) -> Tutor:
+        teacher = models.load(self.config, student.labels)
+        if self.options.embeddings == "frozen":
+            freeze_embeddings(teacher)
+        check_pair(teacher, student, attention=self.options.attention)
+        layers = depth(student) if self.options.hidden else 0
+        projections = Projections(layers, width(teacher), width(student)).to(teacher.device)
+        if self.options.width is not None:
+            # A narrowed student lives in these coordinates; the identity would compare unlike with unlike.
+            for weight in projections.weights:
+                weight.data.copy_(principal_directions(teacher, width(student)))
+        tutor = Tutor(teacher, projections, {})
+        tutor.first = _values(tutor)
+        return tutor
+
+    def _optimizer(self, tutor: Tutor, work: Work) -> torch.optim.Optimizer:
+        training = self.config.training
+        rate = self.options.teacher_learning_rate or training.learning_rate
+        rate *= learning_rate(training, work.progress) / training.learning_rate
+        parameters = tutor.parameters()
+        kind = torch.optim.AdamW if self.options.teacher_optimizer == "adamw" else torch.optim.SGD
+        optimizer = kind(parameters.values(), lr=rate, weight_decay=training.weight_decay)
+        for key, value in work.local.items():
+            tag, _, rest = key.partition("/")
+            if tag == "moment":
+                moment, _, name = rest.partition("/")
+                optimizer.state[parameters[name]][moment] = value.clone()
+        return optimizer
+
+
+class _Objective:
+    """The loss of one batch from one forward pass of each model; adds up the task losses on the way."""
+
+    def __init__(self, options: Options, student: Model, tutor: Tutor | None) -> None:
+        self.student, self.tutor = student, tutor
+        self.distil = Distillation(
+            options.mutual,
+            options.hidden,
+            options.attention,
+            options.temperature,
+            options.divergence == "reverse",
+            options.literal,
+        )
+        self.layers = range(1, depth(student) + 1)
+        whole = depth(tutor.model) if tutor is not None else depth(student)
+        self.matched = matched_layers(whole, depth(student))
+        self.share = depth(student) / whole
+        self.totals: dict[str, float] = {}
+        self.batches = 0
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        self.batches += 1
+        if self.tutor is None:
+            loss = self._look(self.student, batch, (), wanted=False).loss
+            self._note(loss=loss)
+            return loss
+        teacher = self._look(self.tutor.model, batch, self.matched)
+        student = self._look(self.student, batch, tuple(self.layers))
+        labels, mask = (tensor.to(self.student.device) for tensor in (batch.labels, batch.attention_mask))
+        losses = self.distil(teacher, student, labels, mask, self.tutor.projections)
+        self._note(loss=losses.student, teacher_loss=losses.teacher)
+        return losses.total
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.batches for name, total in self.totals.items()}
+
+    def _look(self, model: Model, batch: Batch, layers: tuple[int, ...], *, wanted: bool = True) -> View:
+        hidden, attention = self.distil.hidden and wanted, self.distil.attention and wanted
+        output: Output = model.forward(batch, hidden_states=hidden, attentions=attention)
+        assert output.loss is not None
+        states, maps = output.hidden_states or (), output.attentions or ()
+        return View(
+            output.loss,
+            output.logits,
+            tuple(states[layer] for layer in layers) if hidden else (),
+            tuple(maps[layer - 1] for layer in layers) if attention else (),
+        )
+
+    def _note(self, **losses: torch.Tensor) -> None:
+        for name, value in losses.items():
+            self.totals[name] = self.totals.get(name, 0.0) + float(value.detach())
+
+
+def _alternating(
+    batches: Iterable[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> Iterator[Batch]:
+    """Yield batches; once the next is asked for, the last one's backward pass has reached the teacher too."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        yield batch
+        if max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+
+
+def _values(tutor: Tutor) -> Tensors:
+    return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in tutor.parameters().items()}
+
+
+def _remember(tutor: Tutor, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Everything a client keeps: teacher, Wh, and the moments of each under ``moment/KIND/NAME``."""
+    local = _values(tutor)
+    for name, parameter in tutor.parameters().items():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                local[f"moment/{moment}/{name}"] = value.detach().cpu().clone()
+    return local
+
+
+def _tuned(config: RunConfig, peft: str, name: str | None) -> RunConfig:
+    tuning = config.tuning.model_copy(update={"peft": peft})
+    model = config.model if name is None else config.model.model_copy(update={"name": name})
+    return config.model_copy(update={"tuning": tuning, "model": model})
+
+
+def _chosen(layers: int | tuple[int, ...], available: int) -> tuple[int, ...]:
+    if isinstance(layers, tuple):
+        return layers
+    return tuple(layer - 1 for layer in matched_layers(available, layers))
+
+
+METHOD = FedKD
