@@ -7,11 +7,15 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import peft
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from fedllm.config import RunConfig
@@ -64,6 +68,8 @@ def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) 
     if "exclude_modules" in _fields(type(settings)) and check_target_module_exists(settings, "pooler.dense"):
         # Our encoders come without the pooler; the adapter must not look for it in a stock model.
         settings.exclude_modules = {*(settings.exclude_modules or ()), "pooler.dense"}
+    if model.dtype != torch.float32:
+        _cast_at_borders(adapted, model.dtype, {"classifier", "score", *heads})
     return adapted
 
 
@@ -107,6 +113,28 @@ def _settings(model: Any, config: RunConfig, task: str, heads: Sequence[str]) ->
 def _kinds() -> dict[str, type[peft.PeftConfig]]:
     kinds = {str(kind.value): settings for kind, settings in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     return {kind: settings for kind, settings in kinds.items() if kind not in _UNSUITED}
+
+
+def _cast_at_borders(adapted: nn.Module, dtype: torch.dtype, heads: set[str]) -> None:
+    """Let modules that are trained whole, in float32, work inside a frozen part of another precision.
+
+    Adapter layers of peft cast for themselves; copies of whole modules do not. A head's float32 stays.
+    """
+    for name, module in adapted.named_modules():
+        if isinstance(module, ModulesToSaveWrapper | LNTuningLayer):
+            module.register_forward_pre_hook(_widen)
+            if not any(name.endswith(f".{head}") for head in heads):
+                module.register_forward_hook(partial(_narrow, dtype))
+
+
+def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _narrow(
+    dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor
+) -> torch.Tensor:
+    return output.to(dtype)
 
 
 def _config_class(name: str) -> type[peft.PeftConfig]:

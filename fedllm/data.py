@@ -341,4 +341,5 @@ def _apportion(counts: Indices, fraction: float) -> Indices:
     shares = np.floor(exact).astype(np.int64)
     missing = math.floor(counts.sum() * fraction + 0.5) - int(shares.sum())
     shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
-    return np.minimum(np.maximum(shares, np.minimum(1, counts)), np.maximum(counts - 1, 0)).astype(np.int64)
+    clipped: Indices = np.minimum(np.maximum(shares, np.minimum(1, counts)), np.maximum(counts - 1, 0))
+    return clipped

@@ -194,7 +194,32 @@ def _network(source: str, config: RunConfig, labels: tuple[str, ...], tokenizer:
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     head = nn.Linear(int(base.config.hidden_size), len(labels)) if pooling in ("mean", "cls") else None
-    return Network(backbone, pooling, head)
+    network = Network(backbone, pooling, head)
+    if getattr(getattr(backbone, "active_peft_config", None), "is_prompt_learning", False):
+        _try_out(network, config)
+    return network
+
+
+def _try_out(network: Network, config: RunConfig) -> None:
+    """Prompts and prefixes attach to any model, but not every model takes them: find out before the run."""
+    token = torch.ones(1, 1, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            network.eval()(input_ids=token, attention_mask=token)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise ModelError(
+            f"tuning.peft = {config.tuning.peft!r} does not work on {config.model.name} "
+            f"with model.pooling = {network.pooling!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _check_length(settings: Any, config: RunConfig) -> None:
+    longest = getattr(settings, "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        raise ModelError(
+            f"data.max_length = {config.data.max_length} exceeds the {longest} tokens "
+            f"that model.name = {config.model.name!r} can take"
+        )
 
 
 def _base(
@@ -209,6 +234,7 @@ def _base(
     }.get(pooling, transformers.AutoModel)
     with _explained(config):
         settings = transformers.AutoConfig.from_pretrained(source)
+        _check_length(settings, config)
         _set_dropout(settings, config.model.dropout)
         settings.use_cache = False
         if settings.pad_token_id is None:

@@ -140,9 +140,8 @@ class Network(nn.Module):
         if not wanted:
             yield
             return
-        model: Any = (
-            self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
-        )
+        backbone: Any = self.backbone
+        model = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
         before = model.config._attn_implementation
         model.set_attn_implementation("eager")
         try:
