@@ -1,0 +1,165 @@
+"""``report.html``: a run on one page that needs nothing else, light or dark; plots as PNG beside it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from fedllm.durable import disk_errors, replace_file
+from fedllm.runs import NodeRound, Run
+from simulations import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["human_bytes", "human_seconds", "render", "write"]
+
+_TITLES = {"round": "by round", "bytes": "by bytes", "seconds": "by time"}
+_REASONS_SHOWN = 200
+
+
+def write(run_dir: Path) -> Path:
+    """Write ``report.html`` and ``plots/*.png`` into a run folder and return the page's path.
+
+    Raises:
+        StoreError: the folder holds no run, or cannot be written.
+    """
+    run = Run(run_dir)
+    figures = _figures(run)
+    with disk_errors(run_dir):
+        (run_dir / "plots").mkdir(exist_ok=True)
+    for name, (_, figure) in figures.items():
+        plots.save(figure, run_dir / "plots" / f"{name}.png")
+    page = run_dir / "report.html"
+    replace_file(page, render(run, figures))
+    return page
+
+
+def render(run: Run, figures: Mapping[str, tuple[str, Figure]]) -> str:
+    """Return the page; whatever came from data, configuration or clients is escaped."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("simulations", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "number": _number, "less": _less}
+    rounds = run.rounds()
+    nodes = run.nodes()
+    lost = [row for row in nodes if row.status not in ("accepted", "unused")]
+    return environment.get_template("report.html").render(
+        summary=run.summary,
+        status=run.status,
+        config=run.config,
+        toml=run.config.to_toml(),
+        provenance=run.provenance,
+        rounds=rounds,
+        metrics=_metrics(run),
+        figures=[(title, Markup(plots.svg(figure, name))) for name, (title, figure) in figures.items()],
+        partition=run.partition,
+        clients=_clients(run, nodes),
+        traffic=run.traffic(("direction", "exchange", "record")),
+        lost=lost[:_REASONS_SHOWN],
+        lost_total=len(lost),
+        reasons=Counter(row.reason or row.status for row in lost).most_common(10),
+        events=[event for event in run.events() if event.kind not in ("finished", "stopped")][-50:],
+        verdict=next((e.message for e in reversed(run.events()) if e.kind == run.status), None),
+    )
+
+
+def _metrics(run: Run) -> list[str]:
+    """Return the metrics that the run measured, the one people ask for first."""
+    seen = {name for record in run.rounds() for name in record.metrics}
+    first = [name for name in ("accuracy", "perplexity", "loss") if name in seen]
+    return first + sorted(seen - set(first))
+
+
+def _figures(run: Run) -> dict[str, tuple[str, Figure]]:
+    """Return title and figure by name, in the page's order."""
+    rounds, metrics = run.rounds(), _metrics(run)
+    figures: dict[str, tuple[str, Figure]] = {}
+    for against in plots.AXES:
+        for metric in metrics[:1]:
+            title = f"{metric.capitalize()} {_TITLES[against]}"
+            figures[f"{metric}-{against}"] = (title, plots.curves({run.config.name: rounds}, metric, against))
+    if len(metrics) > 1:
+        figure = plots.curves({run.config.name: rounds}, metrics[-1], "round")
+        figures[f"{metrics[-1]}-round"] = (f"{metrics[-1].capitalize()} by round", figure)
+    if rounds:
+        figures["traffic"] = ("Traffic", plots.traffic(rounds))
+    if run.partition.get("clients"):
+        figures["partition"] = ("Who holds which texts", plots.partition(run.partition))
+    return figures
+
+
+def _clients(run: Run, nodes: Sequence[NodeRound]) -> list[dict[str, Any]]:
+    """Return one row per client that was ever asked."""
+    rows: dict[int, list[NodeRound]] = defaultdict(list)
+    for row in nodes:
+        rows[row.node].append(row)
+    moved: dict[int, dict[str, int]] = defaultdict(dict)
+    for group in run.traffic(("node", "direction")):
+        moved[group["node"]][group["direction"]] = group["bytes"]
+    return [
+        {
+            "node": node,
+            "statuses": Counter(row.status for row in rows[node]),
+            "examples": sum(row.examples for row in rows[node] if row.status == "accepted"),
+            "loss": next((row.loss for row in reversed(rows[node]) if row.loss is not None), None),
+            "compute_seconds": fmean(row.compute_seconds for row in rows[node]) if rows[node] else None,
+            "peak_rss_bytes": max((row.peak_rss_bytes for row in rows[node]), default=0),
+            "up": moved[node].get("up", 0),
+            "down": moved[node].get("down", 0),
+        }
+        for node in sorted(rows.keys() | moved.keys())
+    ]
+
+
+def human_bytes(count: float | None) -> str:
+    """Write bytes with a decimal prefix and three digits.
+
+    >>> human_bytes(999), human_bytes(1_536_000), human_bytes(267_000_000), human_bytes(None)
+    ('999 B', '1.54 MB', '267 MB', '-')
+    """
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        # What would round up to four digits belongs to the next unit.
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
+
+
+def human_seconds(seconds: float | None) -> str:
+    """Write a duration.
+
+    >>> human_seconds(0.0123), human_seconds(75), human_seconds(7320)
+    ('0.01 s', '1 min 15 s', '2 h 2 min')
+    """
+    if seconds is None:
+        return "-"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _less(count: int, dense: int) -> str:
+    """Say how many times fewer bytes than dense these are."""
+    if not count:
+        return ""
+    return f"{dense / count:.3g}x less than dense fp32" if dense > 1.005 * count else "as dense fp32"
