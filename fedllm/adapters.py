@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -68,6 +67,9 @@ def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) 
     if "exclude_modules" in _fields(type(settings)) and check_target_module_exists(settings, "pooler.dense"):
         # Our encoders come without the pooler; the adapter must not look for it in a stock model.
         settings.exclude_modules = {*(settings.exclude_modules or ()), "pooler.dense"}
+    if settings.is_prompt_learning:
+        # peft hands its prefixes over under the name that transformers has begun to replace.
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     if model.dtype != torch.float32:
         _cast_at_borders(adapted, model.dtype, {"classifier", "score", *heads})
     return adapted
@@ -91,6 +93,7 @@ def _settings(model: Any, config: RunConfig, task: str, heads: Sequence[str]) ->
         # round does not make: the rank stays where it starts.
         values |= {"init_r": tuning.rank, "target_r": tuning.rank}
         values["total_step"] = config.rounds * config.training.local_steps
+        del values["r"]
     if "num_virtual_tokens" in fields:
         values["num_virtual_tokens"] = 20
     if tuning.targets:
@@ -176,11 +179,7 @@ def _targets(model: nn.Module, targets: Sequence[str]) -> str | list[str]:
 
 
 def _own_modules(model: nn.Module) -> str:
-    """List the last parts of the names of modules that hold a weight matrix, as targets name them."""
-    matrices = [
-        name
-        for name, module in model.named_modules()
-        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
-    ]
-    shorts = sorted({name.rpartition(".")[2] for name in matrices if not re.search(r"\.\d+$", name)})
+    """List the last parts of the names of modules that hold parameters, as targets name them."""
+    holders = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    shorts = sorted({name.rpartition(".")[2] for name in holders if name and not name[-1].isdigit()})
     return f"; its modules are {', '.join(shorts)}"

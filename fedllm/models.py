@@ -111,9 +111,6 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
         source = model_source(config.model.name)
         tokenizer = _tokenizer(source, config)
         module = _network(source, config, labels, tokenizer)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     return Model(module.train(), tokenizer, config.model.task, labels, config)
 
@@ -192,9 +189,13 @@ def _network(source: str, config: RunConfig, labels: tuple[str, ...], tokenizer:
         tasks = {"causal": "CAUSAL_LM", "own": "SEQ_CLS"}
         backbone = attach(backbone, config, tasks.get(pooling, "FEATURE_EXTRACTION"), heads)
     if config.training.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     head = nn.Linear(int(base.config.hidden_size), len(labels)) if pooling in ("mean", "cls") else None
     network = Network(backbone, pooling, head)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if getattr(getattr(backbone, "active_peft_config", None), "is_prompt_learning", False):
         _try_out(network, config)
     return network

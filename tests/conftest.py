@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedllm.config import RunConfig, TuningConfig
+from fedllm.models import Model, load
+
 CLASSES = {
     "fruit": ["apple", "pear", "plum", "melon", "cherry", "grape"],
     "metal": ["iron", "copper", "zinc", "silver", "nickel", "lead"],
@@ -119,3 +122,10 @@ def _save_tokenizer(folder: Path) -> int:
         model_max_length=64,
     ).save_pretrained(folder)
     return len(words)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Model:
+    """The bundled MiniLM with the quickstart adapter and five classes; leave its tensors as they are."""
+    config = RunConfig(tuning=TuningConfig(targets=("query", "value")))
+    return load(config, ("business", "entertainment", "politics", "sports", "tech"))
