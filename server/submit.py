@@ -1,0 +1,179 @@
+"""Runs on a federation that is being served: submit, follow, resume, stop. What ``fedllm run`` does.
+
+The bundle that Flower hands to the nodes names the apps but holds no code: every node runs what is installed
+on it. The run's store lies in the server's folder, where the command line follows it as in a simulation.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import tomli_w
+from flwr.cli.build import build_fab_from_files
+
+from fedllm.config import RunConfig
+from fedllm.durable import replace_file, to_json
+from fedllm.errors import ConfigError, RunFailed
+from fedllm.run_database import FILE
+from fedllm.runs import Run as StoredRun
+from fedllm.store import RunStore
+from server.control import Control, Run
+
+__all__ = ["Submitted", "find", "follow", "resume", "stop", "submit"]
+
+POLL_SECONDS = 0.5
+POLITE_SECONDS = 30.0
+
+
+class Submitted(NamedTuple):
+    """A run of a federation: Flower's number of it, and the folder of its results."""
+
+    id: int
+    folder: Path
+
+
+def submit(federation: Path, control: Control, config: RunConfig) -> Submitted:
+    """Start a run; its results come to lie in ``FEDERATION/runs/NAME``.
+
+    Args:
+        federation: the server's folder.
+        control: connection to its SuperLink.
+        config: the resolved configuration.
+
+    Raises:
+        ConfigError: a run of this name is there already.
+    """
+    folder = federation.resolve() / "runs" / config.name
+    if (folder / FILE).exists():
+        raise ConfigError(
+            f"{folder} holds a run already; choose another name (--set name=...), "
+            f"or go on with it: fedllm run --resume {config.name}"
+        )
+    folder.parent.mkdir(exist_ok=True)
+    return _start(federation, control, config, folder)
+
+
+def resume(federation: Path, control: Control, name: str) -> Submitted:
+    """Go on with a run that ended before its last round, from its last checkpoint."""
+    folder = _folder(federation, name)
+    stored = StoredRun(folder)
+    if stored.status == "finished":
+        raise ConfigError(f"{folder} is finished; there is nothing to resume")
+    if stored.pid is not None:
+        raise ConfigError(f"{folder} is running (process {stored.pid}); follow it, or stop it first")
+    return _start(federation, control, stored.config, folder)
+
+
+def find(federation: Path, name: str) -> Submitted:
+    """Look up a submitted run by name or folder."""
+    folder = _folder(federation, name)
+    numbers = _numbers(federation)
+    if folder.name not in numbers:
+        raise ConfigError(f"{folder} was not submitted to this server")
+    return Submitted(numbers[folder.name], folder)
+
+
+def follow(control: Control, run: Submitted, *, look: Callable[[Path], None] = lambda folder: None) -> Run:
+    """Wait until a run ends, and note the bytes that the SuperLink counted in its summary.
+
+    Args:
+        control: connection to the SuperLink that runs it.
+        run: what to wait for.
+        look: called twice a second once the run folder is there, for a live table.
+
+    Raises:
+        RunFailed: the run did not complete; says why.
+    """
+    while (state := control.run(run.id)).status != "finished":
+        if (run.folder / FILE).exists():
+            look(run.folder)
+        time.sleep(POLL_SECONDS)
+    if not (run.folder / FILE).exists():
+        raise RunFailed(f"the run ended before it began: {state.details or _last_words(control, run)}")
+    look(run.folder)
+    stored = StoredRun(run.folder)
+    if stored.status == "finished":
+        _note_traffic(run.folder, state)
+    elif stored.status != "stopped":
+        raise RunFailed(
+            f"{_reason(stored) or state.details}; go on with: fedllm run --resume {run.folder.name}"
+        )
+    return state
+
+
+def stop(control: Control, run: Submitted) -> None:
+    """Stop a run after the round it is in; one that does not listen is ended by Flower after 30 s more."""
+    stored = StoredRun(run.folder)
+    stored.post_command("stop", "fedllm run")
+    round_seconds = max((row.seconds for row in stored.rounds()), default=0.0)
+    deadline = time.monotonic() + POLITE_SECONDS + 2 * round_seconds
+    while control.run(run.id).status != "finished":
+        if time.monotonic() > deadline:
+            control.stop(run.id)
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def app_bundle() -> bytes:
+    """Build the Flower app bundle: the names of the two apps and the keys of their run configuration."""
+    flower = {
+        "publisher": "fedllm",
+        "components": {"serverapp": "server.app:app", "clientapp": "client.app:app"},
+        "config": {"fedllm": "", "run-dir": ""},
+    }
+    project = {"name": "fedllm", "version": version("fedllm"), "license": "Apache-2.0"}
+    document = tomli_w.dumps({"project": project, "tool": {"flwr": {"app": flower}}})
+    bundle, _ = build_fab_from_files({"pyproject.toml": document.encode()})
+    return bundle
+
+
+def _start(federation: Path, control: Control, config: RunConfig, folder: Path) -> Submitted:
+    number = control.start(app_bundle(), {"fedllm": config.to_json(), "run-dir": str(folder)})
+    numbers = {**_numbers(federation), folder.name: number}
+    replace_file(_register(federation), to_json(numbers))
+    return Submitted(number, folder)
+
+
+def _register(federation: Path) -> Path:
+    return federation / "superlink" / "runs.json"
+
+
+def _numbers(federation: Path) -> dict[str, int]:
+    try:
+        numbers: dict[str, int] = json.loads(_register(federation).read_bytes())
+    except FileNotFoundError:
+        return {}
+    return numbers
+
+
+def _folder(federation: Path, name: str) -> Path:
+    folder = federation.resolve() / "runs" / Path(name).name
+    if not (folder / FILE).exists():
+        known = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))) or "none"
+        raise ConfigError(f"{federation} holds no run {Path(name).name}; its runs are: {known}")
+    return folder
+
+
+def _note_traffic(folder: Path, state: Run) -> None:
+    with RunStore.open(folder) as store:
+        store.finish(
+            "finished",
+            reason="traffic as the SuperLink counted it",
+            wire_up=state.bytes_up,
+            wire_down=state.bytes_down,
+        )
+
+
+def _reason(stored: StoredRun) -> str:
+    failures = [event.message for event in stored.events() if event.kind == "failed"]
+    return failures[-1] if failures else f"the run was {stored.status}"
+
+
+def _last_words(control: Control, run: Submitted) -> str:
+    lines = "".join(control.logs(run.id)).strip().splitlines()
+    return lines[-1] if lines else "no reason was given"
