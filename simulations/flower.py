@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -32,7 +33,6 @@ from fedllm.errors import RunFailed
 __all__ = ["App", "run_app", "simulate"]
 
 _STARTUP_S = 60.0
-_SHUTDOWN_S = 15.0
 _ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -88,18 +88,29 @@ def run_app(
         RunFailed: with the app's own reason, or with what kept Flower from starting.
     """
     resources = f"client-resources-num-cpus={cores} init-args-num-cpus={workers * cores}"
-    with tempfile.TemporaryDirectory(prefix="fedllm-flower-") as home, log.open("wb") as output:
-        root, port = Path(home), _free_port()
-        _write_home(root, port, app, run_config)
-        environment = _environment(root)
+    with log.open("wb") as output, _home() as home:
+        port = _free_port()
+        _write_home(home, port, app, run_config)
+        environment = _environment(home)
+        submit = ["flwr", "run", str(home / "app"), "simulation", "--stream"]
+        submit += ["--run-config", str(home / "run.toml")]
+        submit += ["--federation-config", f"num-supernodes={nodes} {resources}"]
         with _superlink(port, environment, output):
-            submit = ["flwr", "run", str(root / "app"), "simulation", "--stream"]
-            submit += ["--run-config", str(root / "run.toml")]
-            submit += ["--federation-config", f"num-supernodes={nodes} {resources}"]
             subprocess.run(
                 submit, env=environment, stdout=output, stderr=output, start_new_session=True, check=False
             )
             _require_success(environment, log)
+
+
+@contextmanager
+def _home() -> Iterator[Path]:
+    """Make a folder for ``FLWR_HOME``; processes that still use it afterwards are killed by the guard."""
+    home = tempfile.mkdtemp(prefix="fedllm-flower-")
+    command = [sys.executable, "-m", "simulations.guard", home]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as guard:
+        assert guard.stdin is not None
+        with guard.stdin:
+            yield Path(home)
 
 
 def _write_home(root: Path, port: int, app: App, run_config: Mapping[str, Any]) -> None:
@@ -135,12 +146,9 @@ def _superlink(port: int, environment: dict[str, str], output: IO[bytes]) -> Ite
         _await_health(process, port)
         yield
     finally:
-        process.terminate()
-        try:
-            process.wait(_SHUTDOWN_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        # It holds its state in memory only: nothing is lost, and a polite stop would wait for open streams.
+        process.kill()
+        process.wait()
 
 
 def _await_health(process: subprocess.Popen[bytes], port: int) -> None:

@@ -48,8 +48,9 @@ WORK = {"10 clients x 3 rounds x 2 steps": Work(10, 3, 2), "100 clients x 1 step
 def run(*, repeats: int = 1, clients: Sequence[int] = MEMORY_CLIENTS) -> dict[str, Any]:
     """Run peer, ours and the bare loop one after another, and ours at growing numbers of clients.
 
-    Wall times are of whole commands, start-up included; evaluation and report are off on both sides and the
-    model is MiniLM with LoRA r=8 on query and value, in float32. ``overhead`` is wall time beyond the bare steps.
+    Wall times are of whole commands, start-up included; evaluation and report are off on both sides and
+    the model is MiniLM with LoRA r=8 on query and value, in float32. Overhead is wall time beyond the bare
+    steps.
 
     Args:
         repeats: runs of each; medians are reported.
