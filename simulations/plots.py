@@ -51,7 +51,7 @@ _LABELS = {
     "accuracy": "test accuracy", "loss": "test loss", "perplexity": "test perplexity",
 }  # fmt: skip
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 11,
     "svg.fonttype": "none",
     "text.color": _INK,
@@ -211,7 +211,7 @@ def _finish(axes: Axes, x: str, y: str, *, legend: bool) -> None:
     if legend:
         # Above the axes, where no curve or bar can be.
         count = len(axes.get_legend_handles_labels()[1])
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, count), fontsize=10)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, count), fontsize=10)
 
 
 def save(figure: Figure, path: Path) -> Path:

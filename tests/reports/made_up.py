@@ -1,0 +1,39 @@
+"""Runs with numbers chosen by hand, so that a reader's arithmetic can be checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedllm.config import RunConfig
+from fedllm.runs import Run
+from fedllm.store import Entry, NodeRound, Round, RunStore
+
+
+def make_run(
+    folder: Path,
+    accuracies: tuple[float, ...] = (0.5, 0.7, 0.9),
+    *,
+    seed: int = 0,
+    up: int = 100,
+    metric: str = "accuracy",
+    status: str = "finished",
+    **config: object,
+) -> Run:
+    """Two clients a round: node 1's reply counts, node 0 is rejected; each sends ``up`` bytes, gets 300."""
+    given: dict[str, object] = {"name": folder.name, "clients": 3, "rounds": len(accuracies), **config}
+    with RunStore.create(folder, RunConfig(seed=seed, **given), {"engine": "loopback"}) as store:  # type: ignore[arg-type]
+        store.partition([[0, 1], [2], []], [0, 1, 1], ["<b>sport</b>", "tech"])
+        for number, value in enumerate(accuracies, start=1):
+            nodes = [
+                NodeRound(round=number, node=0, status="rejected", reason="norm <9> exceeds 5"),
+                NodeRound(round=number, node=1, status="accepted", examples=8, loss=0.25),
+            ]
+            entries = [Entry(number, node, "up", "fit", "update", up, 400) for node in (0, 1)]
+            entries += [Entry(number, node, "down", "fit", "update", 300) for node in (0, 1)]
+            metrics = {metric: value, "loss": 1 - value / 2}
+            record = Round(round=number, metrics=metrics, seconds=2.0, participants=1, rejected=1)
+            store.round(record, nodes, entries)
+        if status != "running":
+            reason = "quorum lost in round 3" if status == "failed" else None
+            store.finish(status, reason=reason)  # type: ignore[arg-type]
+    return Run(folder)
