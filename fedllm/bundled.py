@@ -105,12 +105,20 @@ def convert_gguf(file: Path) -> Path:
 
 def _dequantise(file: Path, folder: Path) -> None:
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Newer releases can leave weights packed and compute on the blocks; older ones always unpack.
+    packing = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": packing(dequantize=True)} if packing else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, **unpack
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{file} cannot be read as a GGUF language model: {error}") from error
+    if quantizer := getattr(model, "hf_quantizer", None):
+        quantizer.remove_quantization_config(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -107,8 +107,9 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
         have = ", ".join(labels) or "none"
         raise ModelError(f"classification needs at least two classes; the data has {have}")
     with torch.random.fork_rng(), _quiet():
-        torch.manual_seed(derive(config.seed, "model") % 2**63)
+        # A first-time conversion draws random numbers too, so the seed comes after it.
         source = model_source(config.model.name)
+        torch.manual_seed(derive(config.seed, "model") % 2**63)
         tokenizer = _tokenizer(source, config)
         module = _network(source, config, labels, tokenizer)
     module.to("cuda" if torch.cuda.is_available() else "cpu")

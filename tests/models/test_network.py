@@ -158,9 +158,7 @@ def test_no_dropout_by_default(build: Build) -> None:
 
 @pytest.mark.parametrize("peft", ["lora", "full", "prompt"])
 @pytest.mark.parametrize("pooling", ["mean", "causal"])
-def test_checkpointing_recomputes_and_gives_the_same_gradients(
-    build: Build, peft: str, pooling: str
-) -> None:
+def test_checkpointing_recomputes_and_gives_the_same_gradients(build: Build, peft: str, pooling: str) -> None:
     gradients, calls = [], []
     for switch in (False, True):
         model = build(peft=peft, pooling=pooling, training={"gradient_checkpointing": switch})
