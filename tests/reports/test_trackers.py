@@ -33,6 +33,7 @@ def test_tensorboard_shows_each_round(tmp_path: Path) -> None:
     assert b'name = "trial"' in text.tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 # MLflow's own models use an option that SQLAlchemy has deprecated.
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 @pytest.mark.parametrize(
