@@ -216,7 +216,8 @@ def require_finite(tensors: Tensors, what: str) -> None:
         if not tensor.dtype.is_floating_point:
             raise CodecError(f"{what} {name}: it holds {tensor.dtype}, updates are floats")
         # A sum is one fast pass and finite only if every value is; large finite values may overflow it.
-        if not torch.isfinite(tensor.sum(dtype=torch.float64)) and not torch.isfinite(tensor).all():
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        if not torch.isfinite(tensor.sum(dtype=wide)) and not torch.isfinite(tensor).all():
             raise CodecError(f"{what} {name} with NaN or infinite values")
 
 

@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 __all__ = ["Codes", "pack_codes", "packed_bytes", "unpack_codes"]
 
+CHUNK = 1 << 15
+"""Bytes that go through all steps at once, so that they stay in cache."""
+
 Codes = npt.NDArray[np.uint8]
 
 
@@ -24,19 +27,19 @@ def packed_bytes(count: int, bits: int) -> int:
     return sum(-(-count * field // 8) for field in _fields(bits))
 
 
-def pack_codes(codes: Codes, bits: int) -> bytes:
+def pack_codes(codes: Codes, bits: int) -> bytes | memoryview:
     """Pack codes in [0, 2**bits), 1 <= bits <= 8.
 
     >>> pack_codes(np.array([1, 2, 3, 4], np.uint8), 4).hex()
     '3142'
     """
     if bits == 8:
-        return codes.tobytes()
+        return codes.data
     parts, shift = [], 0
     for field in _fields(bits):
         parts.append(_pack_field(codes >> shift & (1 << field) - 1 if field != bits else codes, field))
         shift += field
-    return b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def unpack_codes(data: bytes | memoryview, count: int, bits: int) -> Codes:
@@ -47,7 +50,7 @@ def unpack_codes(data: bytes | memoryview, count: int, bits: int) -> Codes:
     """
     raw = np.frombuffer(data, np.uint8)
     if bits == 8:
-        return raw.copy()
+        return raw
     codes: Codes | None = None
     shift = start = 0
     for field in _fields(bits):
@@ -64,24 +67,28 @@ def _fields(bits: int) -> list[int]:
     return [field for field in (8, 4, 2, 1) if bits & field]
 
 
-def _pack_field(codes: Codes, field: int) -> bytes:
+def _pack_field(codes: Codes, field: int) -> memoryview:
     if field == 1:
-        return np.packbits(codes, bitorder="little").tobytes()
+        return np.packbits(codes, bitorder="little").data
     planes = 8 // field
     size = -(-codes.size // planes)
     packed = codes[:size].copy()
-    for plane in range(1, planes):
-        piece = codes[plane * size : (plane + 1) * size]
-        packed[: piece.size] |= piece << field * plane
-    return packed.tobytes()
+    for start in range(0, size, CHUNK):
+        part = packed[start : start + CHUNK]
+        for plane in range(1, planes):
+            piece = codes[plane * size + start : min(plane * size + start + CHUNK, (plane + 1) * size)]
+            part[: piece.size] |= piece << np.uint8(field * plane)
+    return packed.data
 
 
 def _unpack_field(raw: Codes, field: int) -> Codes:
     if field == 1:
         return np.unpackbits(raw, bitorder="little")
-    mask = (1 << field) - 1
+    mask = np.uint8((1 << field) - 1)
     codes = np.empty((8 // field, raw.size), np.uint8)
-    for plane, row in enumerate(codes):
-        np.right_shift(raw, field * plane, out=row)
-        np.bitwise_and(row, mask, out=row)
+    for start in range(0, raw.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        for plane, row in enumerate(codes):
+            np.right_shift(raw[part], np.uint8(field * plane), out=row[part])
+            np.bitwise_and(row[part], mask, out=row[part])
     return codes.reshape(-1)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from fedllm.codecs.base import Buffer, CodecContext, FramedCodec, Reader
 from fedllm.codecs.bits import Codes
@@ -27,9 +27,22 @@ from fedllm.errors import CodecError
 from fedllm.randomness import stream
 from fedllm.tensors import Spec, Tensors, dense_bytes, pack, spec_of, unpack
 
-__all__ = ["Chain", "Coder", "Layout", "Quantizer", "Rows", "Shapes", "Transform", "generator", "spell"]
+__all__ = [
+    "Array",
+    "Chain",
+    "Coder",
+    "Layout",
+    "Quantizer",
+    "Rows",
+    "Shapes",
+    "Transform",
+    "generator",
+    "spell",
+]
 
-Rows = list[torch.Tensor]
+Array = npt.NDArray[np.float32]
+
+Rows = list[Array]
 """Float32 matrices [rows, width]."""
 
 Shapes = list[tuple[int, int]]
@@ -53,7 +66,7 @@ class Layout(Piece, Protocol):
     """Tensors to rows."""
 
     def encode(self, tensors: Tensors, context: CodecContext) -> tuple[Rows, bytes]:
-        """Return rows and side information."""
+        """Return rows, which may be views of the tensors, and side information."""
         ...
 
     def outline(self, spec: Spec, reader: Reader) -> tuple[Shapes, Any]:
@@ -157,7 +170,7 @@ class Chain(FramedCodec):
             rows, side = transform.encode(rows, context)
             sides.append(side)
         parts = [*sides, *self.quantizer.encode(rows, self.coder, context)]
-        if sum(len(part) for part in parts) > dense_bytes(spec_of(tensors)):
+        if sum(memoryview(part).nbytes for part in parts) > dense_bytes(spec_of(tensors)):
             return [b"\0", pack(tensors)], state
         return [b"\1", *parts], state
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from fedllm.codecs.base import CodecContext, Reader
@@ -40,8 +41,8 @@ class Concatenate:
         """Return rows; there is no side information."""
         rows = []
         for names, (height, width) in _matrices(spec_of(tensors)):
-            flat = [tensors[name].detach().reshape(-1).to(torch.float32) for name in names]
-            rows.append((flat[0] if len(flat) == 1 else torch.cat(flat)).reshape(height, width))
+            flat = [tensors[name].detach().reshape(-1).to(torch.float32).numpy() for name in names]
+            rows.append((flat[0] if len(flat) == 1 else np.concatenate(flat)).reshape(height, width))
         return rows, b""
 
     def outline(self, spec: Spec, reader: Reader) -> tuple[Shapes, list[list[str]]]:
@@ -53,10 +54,12 @@ class Concatenate:
         """Cut the rows into tensors."""
         tensors = {name: torch.zeros(item.shape) for name, item in spec.items() if not item.numel}
         for matrix, names in zip(rows, plan, strict=True):
-            pieces = matrix.reshape(-1).split([spec[name].numel for name in names])
-            tensors.update(
-                (name, piece.reshape(spec[name].shape)) for name, piece in zip(names, pieces, strict=True)
-            )
+            ends = np.cumsum([spec[name].numel for name in names])
+            pieces = np.split(matrix.reshape(-1), ends[:-1])
+            for name, piece in zip(names, pieces, strict=True):
+                # A small tensor gets memory of its own, or it would keep its whole matrix alive.
+                own = piece if len(names) == 1 else piece.copy()
+                tensors[name] = torch.from_numpy(own).reshape(spec[name].shape)
         return tensors
 
 

@@ -88,7 +88,7 @@ class LowRank:
             with one_thread():
                 factors = self._factors(matrix, context, name)
             if factors is not None:
-                rows.extend(factors)
+                rows.extend(factor.numpy() for factor in factors)
                 del rest[name]
             ranks.append(0 if factors is None else factors[0].shape[0])
         remaining, _ = Concatenate().encode(rest, context)
@@ -115,7 +115,7 @@ class LowRank:
         tensors = Concatenate().decode(rows[2 * len(plan) :], names, rest)
         with one_thread():
             for index, name in enumerate(plan):
-                left, right = rows[2 * index : 2 * index + 2]
+                left, right = (torch.from_numpy(factor) for factor in rows[2 * index : 2 * index + 2])
                 tensors[name] = (left.T @ right).reshape(spec[name].shape)
         return tensors
 
@@ -139,7 +139,7 @@ class LowRank:
         if rank > bound or not torch.isfinite(s).all():
             return None
         root = s[:rank].sqrt()
-        return (u[:, :rank] * root).T.contiguous(), vh[:rank] * root[:, None]
+        return (u[:, :rank] * root).T.contiguous(), (vh[:rank] * root[:, None]).contiguous()
 
     def _power(self, matrix: torch.Tensor, bound: int, context: CodecContext, name: str) -> Factors | None:
         """Double the subspace until it holds the energy or dense would be smaller."""

@@ -5,25 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fedllm.codecs.base import Buffer, CodecContext, Reader
 from fedllm.codecs.bits import Codes
-from fedllm.codecs.chain import Coder, Rows, Shapes, generator
+from fedllm.codecs.chain import Array, Coder, Rows, Shapes, generator
 from fedllm.errors import CodecError, ConfigError
 
-__all__ = ["BlockQuantizer", "Float32", "Quantize", "Scales", "Sign", "blocks", "chunks", "unblocks"]
+__all__ = ["BlockQuantizer", "Float32", "Quantize", "Sign", "blocks", "chunks", "dither", "floats"]
 
-Scales = npt.NDArray[np.float32]
+CHUNK = 1 << 15
+"""Values that go through all steps of a quantizer at once: 128 KiB of floats, so that they stay in cache."""
 
-CHUNK = 1 << 16
-"""Values that go through all steps of a quantizer at once: 256 KiB of floats, so that they stay in cache."""
-
-TINY = 1e-30
+TINY = np.float32(1e-30)
 """Blocks whose largest magnitude is below are zero: their steps would not be normal floats."""
 
 
@@ -41,13 +39,12 @@ class Float32:
 
     def encode(self, rows: Rows, coder: Coder, context: CodecContext) -> Sequence[Buffer]:
         """Return raw values."""
-        return [matrix.numpy().tobytes() for matrix in rows]
+        return [matrix.tobytes() for matrix in rows]
 
     def decode(self, reader: Reader, shapes: Shapes, coder: Coder, context: CodecContext) -> Rows:
         """Return the values."""
         return [
-            torch.from_numpy(floats(reader, height * width, "values").copy()).reshape(height, width)
-            for height, width in shapes
+            floats(reader, height * width, "values").reshape(height, width).copy() for height, width in shapes
         ]
 
 
@@ -65,12 +62,15 @@ class BlockQuantizer(ABC):
     linear = False
 
     @abstractmethod
-    def quantize(self, x: torch.Tensor, bits: int, random: np.random.Generator, out: Codes) -> Scales:
-        """Write the codes of blocks [n, d] to ``out`` [n, d] and return their scales [n]."""
+    def quantize(self, x: Array, bits: int, random: np.random.Generator, out: Codes, scratch: Array) -> Array:
+        """Write the codes of blocks ``x`` [n, d] to ``out`` [n, d] and return their scales [n].
+
+        ``scratch`` [n, d] is free to use: memory that was just touched is many times faster than fresh memory.
+        """
 
     @abstractmethod
-    def dequantize(self, codes: torch.Tensor, bits: int, scales: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the values of codes [n, d] under scales [n] to ``out`` [n, d]."""
+    def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
+        """Write the values of ``codes`` [n, d] under ``scales`` [n, 1] to ``out`` [n, d]."""
 
     def contracted(self) -> Self:
         """Return itself."""
@@ -80,16 +80,17 @@ class BlockQuantizer(ABC):
         """Return all scales, then the codes of each rate."""
         matrices = [part for matrix in rows for part in blocks(matrix, self.block)]
         random = generator(context, "quantize")
-        scales: list[Scales] = []
+        scales: list[Array] = []
         coded: list[Buffer] = []
-        for bits, places in _rates([(x.shape[0], x.shape[1]) for x in matrices], self.bits):
+        for bits, places in _rates([len(x) for x in matrices], self.bits):
             inputs = [matrices[index][selected] for index, selected in places]
-            codes = np.empty(sum(x.numel() for x in inputs), np.uint8)
-            start = 0
-            for x in inputs:
-                out = codes[start : start + x.numel()].reshape(tuple(x.shape))
-                scales.extend(self.quantize(x[part], bits, random, out[part]) for part in chunks(x))
-                start += x.numel()
+            codes = np.empty(sum(x.size for x in inputs), np.uint8)
+            for x, out in zip(inputs, _split(codes, inputs), strict=True):
+                scratch = np.empty((min(len(x), rows_of_chunk(x)), x.shape[1]), np.float32)
+                scales.extend(
+                    self.quantize(x[part], bits, random, out[part], scratch[: len(x[part])])
+                    for part in chunks(x)
+                )
             coded.extend(coder.encode(codes, 1 << bits))
         joined = np.concatenate(scales)
         if not np.isfinite(joined).all():
@@ -98,16 +99,14 @@ class BlockQuantizer(ABC):
 
     def decode(self, reader: Reader, shapes: Shapes, coder: Coder, context: CodecContext) -> Rows:
         """Return rows of values that the grid has."""
-        rows = [torch.empty(shape) for shape in shapes]
+        rows: Rows = [np.empty(shape, np.float32) for shape in shapes]
         matrices = [part for matrix in rows for part in blocks(matrix, self.block)]
-        sizes = [(x.shape[0], x.shape[1]) for x in matrices]
-        scales = torch.from_numpy(floats(reader, sum(n for n, _ in sizes), "scales").copy())
-        for bits, places in _rates(sizes, self.bits):
+        scales = floats(reader, sum(len(x) for x in matrices), "scales")
+        for bits, places in _rates([len(x) for x in matrices], self.bits):
             outputs = [matrices[index][selected] for index, selected in places]
-            codes = torch.from_numpy(coder.decode(reader, sum(x.numel() for x in outputs), 1 << bits))
-            for (index, selected), out in zip(places, outputs, strict=True):
-                part, codes = codes[: out.numel()].reshape(out.shape), codes[out.numel() :]
-                own, scales = scales[: out.shape[0]], scales[out.shape[0] :]
+            codes = coder.decode(reader, sum(x.size for x in outputs), 1 << bits)
+            for (index, selected), part, out in zip(places, _split(codes, outputs), outputs, strict=True):
+                own, scales = scales[: len(out), None], scales[len(out) :]
                 for chunk in chunks(out):
                     self.dequantize(part[chunk], bits, own[chunk], out[chunk])
                 if not isinstance(selected, slice):
@@ -143,36 +142,38 @@ class Quantize(BlockQuantizer):
 
     @property
     def unbiased(self) -> bool:
+        """Only rounding at random is."""
         return self.stochastic
 
     @property
     def contractive(self) -> bool:
-        # To the nearest never moves a value by more than itself. At random the variance is at most step^2 / 4
-        # each: a whole block stays below its largest value squared while block < 4 levels^2.
+        """Rounding to the nearest is; at random the variance of a whole block must stay below its energy."""
         return not self.stochastic or self.block < 4 * _half(int(self.bits)) ** 2
 
-    def quantize(self, x: torch.Tensor, bits: int, random: np.random.Generator, out: Codes) -> Scales:
+    def quantize(self, x: Array, bits: int, random: np.random.Generator, out: Codes, scratch: Array) -> Array:
         """See :meth:`BlockQuantizer.quantize`."""
-        codes = torch.from_numpy(out)
         if bits == 1 and not self.stochastic:
-            torch.ge(x, 0, out=codes)
-            return np.abs(x.numpy()).mean(axis=1)
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=1)
-        largest = torch.where(largest < TINY, 0, largest)
-        half = _half(bits)
-        # Division by zero blocks is avoided with a step of one: all their values round to zero.
-        y = x * torch.where(largest > 0, half / largest, 0)[:, None]
+            return signs(x, out, scratch)
+        half = np.float32(_half(bits))
+        y = np.abs(x, out=scratch)
+        largest = y.max(axis=1)
+        largest[largest < TINY] = 0
+        factor = np.divide(half, largest, out=np.zeros_like(largest), where=largest > 0)
+        np.multiply(x, factor[:, None], out=y)
+        if self.stochastic:
+            y += dither(random, x.shape)
+            np.floor(y, out=y)
+        elif bits > 1:
+            np.rint(y, out=y)
         y += half
-        y = (y.add_(_dither(random, x)) if self.stochastic else y.add_(0.5)).floor_()
-        codes.copy_(y.clamp_(0, 2 * half))
-        return (largest / half).numpy()
+        np.copyto(out, np.clip(y, 0, 2 * half, out=y), casting="unsafe")
+        return largest / half
 
-    def dequantize(self, codes: torch.Tensor, bits: int, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
         """See :meth:`BlockQuantizer.dequantize`."""
-        if bits == 1 and not self.stochastic:
-            torch.mul(codes, 2, out=out).sub_(1).mul_(scales[:, None])
-        else:
-            torch.sub(codes, float(_half(bits)), out=out).mul_(scales[:, None])
+        np.copyto(out, codes)
+        out -= np.float32(_half(bits))
+        out *= scales
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,11 @@ class Sign(BlockQuantizer):
     def __post_init__(self) -> None:
         require_block("sign", self.block)
 
-    def quantize(self, x: torch.Tensor, bits: int, random: np.random.Generator, out: Codes) -> Scales:
+    def quantize(self, x: Array, bits: int, random: np.random.Generator, out: Codes, scratch: Array) -> Array:
         """See :meth:`BlockQuantizer.quantize`."""
-        return Quantize(1).quantize(x, 1, random, out)
+        return signs(x, out, scratch)
 
-    def dequantize(self, codes: torch.Tensor, bits: int, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
         """See :meth:`BlockQuantizer.dequantize`."""
         Quantize(1).dequantize(codes, 1, scales, out)
 
@@ -208,28 +209,39 @@ class Sign(BlockQuantizer):
 STAGES = (Quantize, Sign)
 
 
-def blocks(matrix: torch.Tensor, block: int) -> list[torch.Tensor]:
+def signs(x: Array, out: Codes, scratch: Array) -> Array:
+    """Code the signs of blocks [n, d]; levels are plus and minus half a scale, which is twice the mean magnitude."""
+    np.greater_equal(x, 0, out=out.view(np.bool_))
+    return 2 * np.abs(x, out=scratch).mean(axis=1)
+
+
+def blocks(matrix: Array, block: int) -> list[Array]:
     """View rows [h, w] as blocks that never cross a row: [h * (w // block), block] and [h, w % block].
 
-    >>> [tuple(part.shape) for part in blocks(torch.zeros(2, 10), 4)]
-    [(4, 4), (2, 2)]
+    >>> [part.shape for part in blocks(np.zeros((2, 10), np.float32), 4)]
+    [(2, 4), (2, 4), (2, 2)]
     """
     height, width = matrix.shape
     whole = width - width % block
     if whole == width or height == 1:
-        parts = [matrix[:, :whole].view(-1, block)]
+        parts = [matrix[:, :whole].reshape(-1, block)]
     else:
-        parts = [matrix[row, :whole].view(-1, block) for row in range(height)]
-    return [part for part in (*parts, matrix[:, whole:]) if part.numel()]
+        parts = [matrix[row, :whole].reshape(-1, block) for row in range(height)]
+    return [part for part in (*parts, matrix[:, whole:]) if part.size]
 
 
-def chunks(x: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of the rows of ``x`` [n, d] that hold about ``CHUNK`` values each."""
-    step = max(1, CHUNK // max(1, x.shape[1]))
-    yield from (slice(start, start + step) for start in range(0, x.shape[0], step))
+def chunks(x: Array, values: int = CHUNK) -> Iterator[slice]:
+    """Yield slices of the rows of ``x`` [n, d] that hold about ``values`` each."""
+    step = rows_of_chunk(x, values)
+    yield from (slice(start, start + step) for start in range(0, len(x), step))
 
 
-def floats(reader: Reader, count: int, part: str) -> Scales:
+def rows_of_chunk(x: Array, values: int = CHUNK) -> int:
+    """Return how many rows of ``x`` hold about ``values``, at least one."""
+    return max(1, values // x.shape[1])
+
+
+def floats(reader: Reader, count: int, part: str) -> Array:
     """Read little-endian float32 values."""
     return np.frombuffer(reader.take(4 * count, part), np.dtype("<f4"))
 
@@ -240,34 +252,42 @@ def require_block(name: str, block: int) -> None:
         raise ConfigError(f"{name} takes block from 8 to {1 << 20}, got {block}")
 
 
+def dither(random: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Draw uniform values in (0, 1), 16 bits each."""
+    count = int(np.prod(shape))
+    words = np.asarray(random.bit_generator.random_raw(-(-count // 4)), "<u8").view("<u2")[:count]
+    values = words.astype(np.float32)
+    values += np.float32(0.5)
+    values *= np.float32(2**-16)
+    return values.reshape(shape)
+
+
 def _half(bits: int) -> float:
     """Steps between zero and the largest level."""
     return (1 << bits - 1) - 1 if bits > 1 else 0.5
 
 
-def _dither(random: np.random.Generator, x: torch.Tensor) -> torch.Tensor:
-    """Draw uniform values in (0, 1), 16 bits each, like ``x``."""
-    words = random.bit_generator.random_raw(-(-x.numel() // 4)).view(np.uint16)[: x.numel()]
-    return torch.from_numpy(words.astype(np.float32)).add_(0.5).mul_(2**-16).reshape(x.shape)
+def _split(codes: Codes, like: Sequence[Array]) -> Iterator[Codes]:
+    """Cut flat codes into views of the shapes of ``like``."""
+    start = 0
+    for x in like:
+        yield codes[start : start + x.size].reshape(x.shape)
+        start += x.size
 
 
-Place = tuple[int, slice | torch.Tensor]
+Place = tuple[int, slice | npt.NDArray[np.bool_]]
 
 
-def _rates(sizes: Shapes, bits: float) -> list[tuple[int, list[Place]]]:
+def _rates(counts: Sequence[int], bits: float) -> list[tuple[int, list[Place]]]:
     """Give every block whole bits such that any run of blocks averages ``bits``.
 
-    Returns, for each rate, which rows of which matrix have it.
+    Returns, for each rate, which rows of which matrix have it; ``counts`` are the matrices' rows.
     """
     low = int(bits)
     if low == bits:
-        return [(low, [(index, slice(None)) for index in range(len(sizes))])]
-    first = 0
-    places: dict[int, list[Place]] = {low: [], low + 1: []}
-    for index, (count, _) in enumerate(sizes):
-        turn = torch.arange(first, first + count + 1, dtype=torch.float64).mul_(bits - low).floor_()
-        more = turn[1:] > turn[:-1]
-        places[low + 1].append((index, more.nonzero()[:, 0]))
-        places[low].append((index, (~more).nonzero()[:, 0]))
-        first += count
-    return list(places.items())
+        return [(low, [(index, slice(None)) for index in range(len(counts))])]
+    ends = np.cumsum([0, *counts])
+    turns = np.floor(np.arange(ends[-1] + 1) * (bits - low))
+    more = np.diff(turns) > 0
+    masks = [more[start:end] for start, end in pairwise(ends)]
+    return [(low, [(i, ~mask) for i, mask in enumerate(masks)]), (low + 1, list(enumerate(masks)))]

@@ -7,19 +7,21 @@ makes the decoded vector unbiased.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from fedllm.codecs.base import CodecContext, Reader
 from fedllm.codecs.bits import Codes
-from fedllm.codecs.chain import Rows, Shapes, generator
-from fedllm.codecs.quantize import BlockQuantizer, Scales, chunks
+from fedllm.codecs.chain import Array, Rows, Shapes, generator
+from fedllm.codecs.quantize import BlockQuantizer, chunks, rows_of_chunk
 from fedllm.errors import ConfigError
 
 __all__ = ["Eden", "Rotate", "hadamard"]
+
+CHUNK = 1 << 17
+"""Values transformed at once: with one buffer beside them they stay in a second-level cache."""
 
 DENSE = 64
 """Rows narrower than this are rotated by a uniformly random matrix: few signs make few rotations."""
@@ -82,7 +84,7 @@ class Rotate:
         """Rotate back."""
         return [self._rotate(matrix, context, inverse=True) for matrix in rows]
 
-    def _rotate(self, matrix: torch.Tensor, context: CodecContext, *, inverse: bool) -> torch.Tensor:
+    def _rotate(self, matrix: Array, context: CodecContext, *, inverse: bool) -> Array:
         height, width = matrix.shape
         random = generator(context, "rotate")
         if width < DENSE:
@@ -92,14 +94,15 @@ class Rotate:
         whole = width - width % size
         windows = [(0, whole)]
         if whole < width:
-            # The middle one comes again, or what only the last has touched would not be spread.
+            # The last whole one comes again, or what only the window at the end has touched would not be spread.
             windows += [(width - size, width), (whole - size, whole)]
-        result = matrix.clone()
-        signs = _signs(random, (len(windows), size))
-        steps = list(zip(windows, signs, strict=True))
-        for (start, end), sign in reversed(steps) if inverse else steps:
-            part = result[:, start:end]
-            part.copy_(_transform(part.reshape(-1, size), sign, inverse).reshape(height, -1))
+        steps = list(zip(windows, _signs(random, (len(windows), size)), strict=True))
+        result = np.empty_like(matrix) if len(steps) == 1 else matrix.copy()
+        source = matrix
+        for (start, end), signs in reversed(steps) if inverse else steps:
+            blocks = source[:, start:end].reshape(-1, size)
+            result[:, start:end] = _transform(blocks, signs, inverse).reshape(height, -1)
+            source = result
         return result
 
 
@@ -107,7 +110,7 @@ class Rotate:
 class Eden(BlockQuantizer):
     """``quantize`` or ``sign`` right after ``rotate``: Lloyd-Max grids for N(0, 1) at 1 to 4 bits.
 
-    A block y is coded as the nearest centroids c of y / rms(y), and decoded as S c. With S = |y|^2 / <y, c> the
+    A block y is coded as the nearest centroids c of y / rms(y) and decoded as S c. With S = |y|^2 / <y, c> the
     decoded vector is unbiased over rotations (EDEN, theorem 2.1); with S = <y, c> / |c|^2 its error is least:
     .363 instead of .571 of the squared norm at one bit, which is what error feedback wants.
 
@@ -125,96 +128,107 @@ class Eden(BlockQuantizer):
 
     def contracted(self) -> Self:
         """Return the variant with the least squared error."""
-        return type(self)(self.bits, self.block, unbiased=False)
+        return replace(self, unbiased=False)
 
-    def quantize(self, x: torch.Tensor, bits: int, random: np.random.Generator, out: Codes) -> Scales:
+    def quantize(self, x: Array, bits: int, random: np.random.Generator, out: Codes, scratch: Array) -> Array:
         """See :meth:`BlockQuantizer.quantize`."""
-        codes = torch.from_numpy(out)
-        grid, bounds = _grid(bits)
-        y = x.numpy()
-        norm = np.einsum("nd,nd->n", y, y)
+        energy = np.einsum("nd,nd->n", x, x)
+        grid = _grid(bits)
         if bits == 1:
-            torch.ge(x, 0, out=codes)
-            dot = np.abs(y).sum(axis=1) * grid[1].item()
+            np.greater_equal(x, 0, out=out.view(np.bool_))
+            dot = np.abs(x, out=scratch).sum(axis=1) * grid[1]
+            norm = np.full_like(dot, x.shape[1] * grid[1] ** 2)
         else:
-            rms = torch.from_numpy(np.sqrt(norm / y.shape[1]))[:, None]
-            codes.copy_(torch.bucketize(x / torch.where(rms > 0, rms, 1), bounds))
-            c = grid[codes.int()].numpy()
-            dot = np.einsum("nd,nd->n", y, c)
+            rms = np.sqrt(energy / np.float32(x.shape[1]))
+            _nearest(x, grid, rms, out)
+            np.take(grid, out, out=scratch, mode="clip")
+            dot = np.einsum("nd,nd->n", x, scratch)
+            norm = np.einsum("nd,nd->n", scratch, scratch)
         if self.unbiased:
-            return np.divide(norm, dot, out=np.zeros_like(norm), where=dot > 0)
-        energy = (
-            np.einsum("nd,nd->n", c, c) if bits > 1 else np.full_like(norm, y.shape[1] * grid[1].item() ** 2)
-        )
-        return np.divide(dot, energy, dtype=np.float32)
+            return np.divide(energy, dot, out=np.zeros_like(dot), where=dot > 0)
+        return dot / norm
 
-    def dequantize(self, codes: torch.Tensor, bits: int, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
         """See :meth:`BlockQuantizer.dequantize`."""
-        grid, _ = _grid(bits)
-        torch.mul(grid[codes.int()], scales[:, None], out=out)
+        np.take(_grid(bits), codes, out=out, mode="clip")
+        out *= scales
 
 
 STAGES = (Rotate,)
 
 
-def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """Apply the Hadamard matrix (entries +1 and -1, rows in an order of our own) to every row of ``x`` [n, d].
+def hadamard(x: Array) -> Array:
+    """Multiply every row of ``x`` [n, d] by the Hadamard matrix of +1 and -1 (Sylvester's order), d a power of two.
 
-    ``d`` is a power of two. Only additions and subtractions in a fixed order: the same bits on every machine and
-    number of threads. Twice is not the identity; :func:`inverse_hadamard` is the inverse times ``d``.
+    Nothing but additions and subtractions in a fixed order: the same bits on every machine.
 
-    >>> hadamard(torch.eye(2)).tolist()
-    [[1.0, 1.0], [1.0, -1.0]]
+    >>> hadamard(np.array([[3, 1, 0, 0]], np.float32)).tolist()
+    [[4.0, 2.0, 4.0, 2.0]]
     """
-    count, size = x.shape
-    first = 1 << (size.bit_length() - 1) // 2
-    x = _butterflies(x.reshape(-1), count, first, size // first)
-    x = x.view(count, first, size // first).transpose(1, 2).reshape(-1)
-    return _butterflies(x, count, size // first, first).view(count, size)
+    y = x.reshape(-1).copy()
+    return _hadamard(y, np.empty_like(y), x.shape[1]).reshape(x.shape)
 
 
-def inverse_hadamard(x: torch.Tensor) -> torch.Tensor:
-    """Apply the transpose of the matrix of :func:`hadamard` to every row of ``x`` [n, d]."""
-    count, size = x.shape
-    first = 1 << (size.bit_length() - 1) // 2
-    x = _butterflies(x.reshape(-1), count, size // first, first)
-    x = x.view(count, size // first, first).transpose(1, 2).reshape(-1)
-    return _butterflies(x, count, first, size // first).view(count, size)
+def _hadamard(y: Array, spare: Array, size: int) -> Array:
+    """Transform flat ``y``, overwriting it and ``spare``; returns one of the two.
+
+    H = H1 x H2: transform columns, transpose, transform columns, transpose. Strides of one value, which a
+    textbook loop begins with, would cost most of the time.
+    """
+    inner = 1 << size.bit_length() // 2
+    for height, width in ((size // inner, inner), (inner, size // inner)):
+        y, spare = _columns(y, spare, height, width)
+        spare.reshape(-1, width, height)[...] = y.reshape(-1, height, width).transpose(0, 2, 1)
+        y, spare = spare, y
+    return y
 
 
-def _butterflies(x: torch.Tensor, count: int, size: int, inner: int) -> torch.Tensor:
-    """Transform the middle axis of ``x``, which is laid out as [count, size, inner]."""
+def _columns(y: Array, spare: Array, size: int, inner: int) -> tuple[Array, Array]:
+    """Transform the middle axis of flat ``y``, laid out as [n, size, inner]; returns the result and the other."""
     half = 1
     while half < size:
-        pairs = x.view(count * size // (2 * half), 2, half * inner)
-        result = torch.empty_like(pairs)
-        torch.add(pairs[:, 0], pairs[:, 1], out=result[:, 0])
-        torch.sub(pairs[:, 0], pairs[:, 1], out=result[:, 1])
-        x, half = result.view(-1), 2 * half
-    return x
+        pairs, sums = y.reshape(-1, 2, half * inner), spare.reshape(-1, 2, half * inner)
+        np.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
+        np.subtract(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
+        y, spare, half = spare, y, 2 * half
+    return y, spare
 
 
-def _transform(x: torch.Tensor, sign: torch.Tensor, inverse: bool) -> torch.Tensor:
-    result = torch.empty_like(x)
-    for part in chunks(x):
-        result[part] = inverse_hadamard(x[part]) * sign if inverse else hadamard(x[part] * sign)
+def _transform(x: Array, signs: Array, inverse: bool) -> Array:
+    """Rotate blocks [n, d] by signs [d], which carry the factor that makes the transform orthonormal."""
+    result = np.empty_like(x)
+    step = min(len(x), rows_of_chunk(x, CHUNK))
+    first, second = np.empty((2, step, x.shape[1]), np.float32)
+    for part in chunks(x, CHUNK):
+        y, spare = first[: len(x[part])], second[: len(x[part])]
+        np.multiply(x[part], 1 if inverse else signs, out=y)
+        y = _hadamard(y.reshape(-1), spare.reshape(-1), x.shape[1]).reshape(y.shape)
+        np.multiply(y, signs if inverse else 1, out=result[part])
     return result
 
 
-def _signs(random: np.random.Generator, shape: tuple[int, int]) -> torch.Tensor:
-    """Draw signs over the root of the transform's size, which makes it orthonormal."""
+def _nearest(x: Array, grid: Array, rms: Array, out: Codes) -> None:
+    """Write the index of the centroid nearest to x / rms: the number of bounds that x reaches."""
+    reached = np.empty(x.shape, np.bool_)
+    out[...] = 0
+    for bound in (grid[1:] + grid[:-1]) / 2:
+        np.greater_equal(x, (bound * rms)[:, None], out=reached)
+        out += reached.view(np.uint8)
+
+
+def _signs(random: np.random.Generator, shape: tuple[int, int]) -> Array:
+    """Draw signs over the root of the transform's size [number of windows, size]."""
     bits = random.integers(0, 2, shape, np.int8).astype(np.float32)
-    return torch.from_numpy((2 * bits - 1) / np.float32(np.sqrt(shape[1])))
+    return (2 * bits - 1) / np.float32(np.sqrt(shape[1]))
 
 
-def _uniform(random: np.random.Generator, size: int) -> torch.Tensor:
+def _uniform(random: np.random.Generator, size: int) -> Array:
     """Draw an orthonormal matrix from the uniform distribution (Stewart, SIAM J. Numer. Anal. 1980)."""
     q, r = np.linalg.qr(random.standard_normal((size, size)))
-    return torch.from_numpy((q * np.sign(np.diag(r))).astype(np.float32))
+    return (q * np.sign(np.diag(r))).astype(np.float32)
 
 
-def _grid(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all centroids in ascending order and the bounds between them."""
-    half = torch.tensor(CENTROIDS[bits])
-    grid = torch.cat([-half.flip(0), half])
-    return grid, (grid[1:] + grid[:-1]) / 2
+def _grid(bits: int) -> Array:
+    """Return all centroids in ascending order."""
+    half = np.array(CENTROIDS[bits], np.float32)
+    return np.concatenate([-half[::-1], half])
