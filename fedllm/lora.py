@@ -3,7 +3,7 @@
 LoRA (Hu et al., ICLR 2022) adds s B A to a frozen weight W, with B [m, r], A [r, n] and s = alpha / r. What a
 federation wants is the dense sum of p_k s_k B_k A_k. It is itself a product of stacked factors,
 
-    sum_k p_k s_k B_k A_k = [B_1 ... B_K] [p_1 s_1 A_1; ...; p_K s_K A_K]                (FLoRA, eq. 4)
+    sum_k p_k s_k B_k A_k = [B_1 ... B_K] [p_1 s_1 A_1; ...; p_K s_K A_K]                (FLoRA)
 
 so its singular values come from two thin QR decompositions and the SVD of a small core; nothing of size
 m x n is ever formed. All arithmetic here is float64: it is small, and it decides every client's next model.
