@@ -2,7 +2,7 @@
 
 The state after exchange (round, index) lies beside the state before it. The server names the newest reply of
 this node that counted; the node starts from that state and only then drops the others. So a server that
-comes back at round k finds nodes that can be at k, and a reply that was lost is neither lost nor applied twice.
+comes back at round k finds nodes that can be at k, and what a reply held is neither lost nor applied twice.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class NodeMemory:
 class GlobalMemory:
     """The global tensors by version, so that increments can be applied to the version a node has.
 
-    Virtual clients on one host share one folder; the newest tensors also stay in memory, known by their digest.
+    Virtual clients of one host share one folder; the newest tensors also stay in memory, by their digest.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -114,7 +114,9 @@ def _read(path: Path) -> Tensors | None:
     try:
         return dict(load_file(path)) if path.exists() else None
     except (SafetensorError, OSError) as error:
-        raise StoreError(f"cannot read {path}: {error}; delete it and the node starts that state anew") from error
+        raise StoreError(
+            f"cannot read {path}: {error}; delete it and the node starts that state anew"
+        ) from error
 
 
 def _serialize(tensors: Tensors) -> bytes:

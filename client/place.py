@@ -22,7 +22,7 @@ class Place:
 
     Attributes:
         node: the client's number in the federation, from 0.
-        data: path of this node's own texts; empty in a simulation, where the configuration's data are partitioned.
+        data: path of this node's own texts; empty in a simulation, where the run's data are partitioned.
         folder: this node's durable state, of all runs.
         shared: global tensors; virtual clients of one host share it.
         keep_replies: answer a repeated instruction from the disk, as a device should.

@@ -6,8 +6,8 @@ names, lets the method work, encodes the answer, and remembers the state before 
 
 from __future__ import annotations
 
+import math
 import platform
-import resource
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,9 +25,10 @@ from fedllm.codecs.base import CodecContext
 from fedllm.config import RunConfig
 from fedllm.errors import FedllmError, WireError
 from fedllm.randomness import derive
+from fedllm.resources import peak_rss_bytes
 from fedllm.tensors import Tensors, digest, pack, spec_of
 from fedllm.wire import STALE, Instruction, Reply
-from strategies.base import Answer, Exchange, Work
+from strategies.base import Answer, Work
 from strategies.downlink import receive
 from strategies.workshop import Workshop, open_workshop
 
@@ -86,7 +87,9 @@ class _Task:
     def answer(self) -> RecordDict:
         if self.instruction.kind == "describe":
             return self._describe()
-        memory = NodeMemory(Path(self.place.folder) / self.instruction.run, keep_replies=self.place.keep_replies)
+        memory = NodeMemory(
+            Path(self.place.folder) / self.instruction.run, keep_replies=self.place.keep_replies
+        )
         changes_state = self.instruction.kind != "evaluate"
         if changes_state:
             stored = memory.reply(self.at, self.instruction.digest)
@@ -124,11 +127,15 @@ class _Task:
             "cores": float(psutil.cpu_count() or 1),
             "memory_bytes": float(psutil.virtual_memory().total),
         }
-        facts = {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
+        facts = {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
         return wire.pack_reply(Reply(*self.at, len(train), metrics, facts=facts))
 
     def _global_tensors(self) -> Tensors | None:
-        """Bring this node to the version that the server names; ``None`` if it has lost what it would start from."""
+        """Bring this node to the version the server names; ``None`` if it lost what it would start from."""
         instruction, method = self.instruction, self.workshop.method
         memory = _globals(Path(self.place.shared) / instruction.run)
         tensors = memory.newest(instruction.digest)
@@ -164,7 +171,7 @@ class _Task:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.config.seed, "torch", *self.at, node) % 2**63)
-            answered = method.run(work)
+            answered = method.evaluate(work) if work.kind == "evaluate" else method.run(work)
         residuals = _part(local, _CODEC)
         if instruction.kind != "fit":
             return answered, residuals, pack(answered.tensors)
@@ -183,7 +190,7 @@ def _part(local: Tensors, prefix: str) -> Tensors:
 
 
 def _norm(tensors: Tensors) -> float:
-    return sum(float(t.double().pow(2).sum()) for t in tensors.values()) ** 0.5
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
 
 def _clip(answered: Answer, limit: float | None) -> Answer:
@@ -199,9 +206,3 @@ def _clip(answered: Answer, limit: float | None) -> Answer:
 def _relative_error(decoded: Tensors, sent: Tensors) -> float:
     difference = {name: decoded[name].double() - t.double() for name, t in sent.items()}
     return _norm(difference) / max(_norm(sent), 1e-30)
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
-    scale = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

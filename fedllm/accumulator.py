@@ -49,7 +49,7 @@ class WeightedSum:
             raise RejectedReply(f"weight {weight} is not positive")
         largest = max((float(t.abs().max()) for t in tensors.values() if t.numel()), default=0.0)
         if not self._bound + largest * weight < _LIMIT:
-            raise RejectedReply(f"update reaches {largest:g} with weight {weight}: too large to average exactly")
+            raise RejectedReply(f"update reaches {largest:g} with weight {weight}: too large to average")
         self._bound += largest * weight
         for name, total in self._sums.items():
             scaled = tensors[name].to(torch.float64).mul_(float(weight) * 2.0**_FRACTION_BITS)
@@ -59,7 +59,8 @@ class WeightedSum:
 
     def total(self) -> Tensors:
         """Return the weighted sum as float64."""
-        return {name: total.to(torch.float64).mul_(2.0**-_FRACTION_BITS) for name, total in self._sums.items()}
+        scale = 2.0**-_FRACTION_BITS
+        return {name: total.to(torch.float64).mul_(scale) for name, total in self._sums.items()}
 
     def mean(self) -> Tensors:
         """Return the weighted mean in the spec's dtypes; needs at least one reply."""

@@ -53,7 +53,7 @@ class ModelConfig(Section):
     """How an encoder's tokens become one vector; ``own`` takes the model's own classification head."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen part; trained tensors stay float32."""
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout probability everywhere in the base model while training."""
 
 
@@ -68,17 +68,19 @@ class DataConfig(Section):
     """Column that holds the text."""
     label: str | None = "label"
     """Column that holds the class; not used by a causal model unless the partition needs it."""
-    max_length: int = Field(64, ge=1)
+    classes: tuple[str, ...] = ()
+    """Class names in the order of the model's outputs; empty takes those that the texts have, sorted."""
+    max_length: int = Field(default=64, ge=1)
     """Tokens kept of each text."""
-    test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Share held out on the server, stratified by class."""
-    client_test_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+    client_test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of each client's own part held out for evaluation on that client."""
     partition: Literal["iid", "dirichlet", "pathological", "natural", "file"] = "iid"
     """``natural`` groups by the column ``by``; ``file`` gives each file to one client."""
-    alpha: float = Field(0.5, gt=0.0)
+    alpha: float = Field(default=0.5, gt=0.0)
     """Dirichlet concentration: smaller is more skewed."""
-    classes_per_client: int = Field(2, ge=1)
+    classes_per_client: int = Field(default=2, ge=1)
     """Classes that each client holds under ``pathological``."""
     by: str | None = None
     """Identity column of the ``natural`` partition."""
@@ -89,9 +91,9 @@ class TuningConfig(Section):
 
     peft: str = "lora"
     """A peft method by name (``lora``, ``dora``, ``ia3``, ``vera``, ``prompt``, ...) or ``full``."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """Rank of LoRA-like adapters."""
-    alpha: float = Field(16.0, gt=0.0)
+    alpha: float = Field(default=16.0, gt=0.0)
     """LoRA scale: updates are multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Module names that carry adapters; empty takes peft's own choice for the architecture."""
@@ -102,28 +104,28 @@ class TuningConfig(Section):
 class TrainingConfig(Section):
     """What a client does with its data in one round."""
 
-    local_steps: int = Field(8, ge=1)
+    local_steps: int = Field(default=8, ge=1)
     """Optimiser steps per round."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Texts per step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Local optimiser; its moments start anew every round."""
-    learning_rate: float = Field(1e-3, gt=0.0)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
     """Local learning rate at the first round."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the local learning rate falls from the first round to the last."""
-    weight_decay: float = Field(0.0, ge=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay."""
-    max_grad_norm: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(default=0.0, ge=0.0)
     """Gradient norm above which a step is scaled down; 0 leaves gradients alone."""
-    proximal: float = Field(0.0, ge=0.0)
+    proximal: float = Field(default=0.0, ge=0.0)
     """FedProx coefficient mu: adds mu/2 ||w - w_round||^2 to the loss."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
 
 class CodecConfig(Section):
-    """How updates are compressed, each way: ``"none"`` or a chain such as ``"quantize(bits=8) | entropy"``."""
+    """How updates are compressed: ``"none"`` or a chain such as ``"quantize(bits=8) | entropy"``."""
 
     up: str = "none"
     """Client to server."""
@@ -134,45 +136,45 @@ class CodecConfig(Section):
 class ServerConfig(Section):
     """How the server picks clients and combines their updates."""
 
-    sample: int | None = Field(None, ge=1)
+    sample: int | None = Field(default=None, ge=1)
     """Clients per round; unset takes all."""
-    over_select: int = Field(0, ge=0)
+    over_select: int = Field(default=0, ge=0)
     """Further clients asked; the round closes once ``sample`` of them have answered."""
-    quorum: int | None = Field(None, ge=1)
+    quorum: int | None = Field(default=None, ge=1)
     """Accepted replies without which a round does not count; unset means half of ``sample``, rounded up."""
-    deadline_s: float = Field(600.0, gt=0.0)
+    deadline_s: float = Field(default=600.0, gt=0.0)
     """Seconds after which an exchange closes with what has arrived."""
-    retries: int = Field(3, ge=0)
+    retries: int = Field(default=3, ge=0)
     """Further attempts at a round that missed its quorum before the run fails."""
     optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
     """Server optimiser on the averaged update (Reddi et al., ICLR 2021)."""
-    learning_rate: float = Field(1.0, gt=0.0)
+    learning_rate: float = Field(default=1.0, gt=0.0)
     """Server learning rate."""
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Momentum, or beta1 of adam and yogi."""
-    beta2: float = Field(0.99, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.99, ge=0.0, lt=1.0)
     """Second-moment decay of adam and yogi."""
-    epsilon: float = Field(1e-3, gt=0.0)
+    epsilon: float = Field(default=1e-3, gt=0.0)
     """Added to the root of the second moment of adam and yogi."""
-    max_update_norm: float | None = Field(None, gt=0.0)
+    max_update_norm: float | None = Field(default=None, gt=0.0)
     """L2 norm above which a client's update is rejected."""
 
 
 class EvaluationConfig(Section):
     """When quality is measured, and on what."""
 
-    every: int = Field(1, ge=0)
+    every: int = Field(default=1, ge=0)
     """Rounds between evaluations on the server's test set; 0 never evaluates."""
     clients: bool = False
     """Also evaluate on each sampled client's held-out part."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Texts per evaluation batch."""
 
 
 class PrivacyConfig(Section):
     """What bounds a single client's influence."""
 
-    clip: float | None = Field(None, gt=0.0)
+    clip: float | None = Field(default=None, gt=0.0)
     """L2 norm to which each client scales its update down before encoding."""
 
 
@@ -180,9 +182,9 @@ class RunConfig(Section):
     """Everything that decides a run's numbers."""
 
     name: str = "run"
-    seed: int = Field(0, ge=0)
-    clients: int = Field(10, ge=1)
-    rounds: int = Field(10, ge=1)
+    seed: int = Field(default=0, ge=0)
+    clients: int = Field(default=10, ge=1)
+    rounds: int = Field(default=10, ge=1)
     method: str = "lora"
     """A file of ``strategies/``: ``fedavg``, ``lora``, ``fwdllm``, ``fedkd``."""
     model: ModelConfig = ModelConfig()

@@ -11,7 +11,17 @@ import torch
 
 from fedllm.errors import WireError
 
-__all__ = ["Spec", "TensorSpec", "Tensors", "dense_bytes", "digest", "fingerprint", "pack", "spec_of", "unpack"]
+__all__ = [
+    "Spec",
+    "TensorSpec",
+    "Tensors",
+    "dense_bytes",
+    "digest",
+    "fingerprint",
+    "pack",
+    "spec_of",
+    "unpack",
+]
 
 Tensors = dict[str, torch.Tensor]
 """Tensors by name, on the CPU. Whoever serialises them does so in sorted name order."""
@@ -30,10 +40,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the values uncompressed."""
         return self.numel * self.dtype.itemsize
 
 
@@ -53,7 +65,7 @@ def dense_bytes(spec: Spec) -> int:
 
 def _raw(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -75,7 +87,11 @@ def unpack(data: bytes | memoryview, spec: Spec) -> Tensors:
     if len(data) != expected:
         raise WireError(f"dense payload holds {len(data)} bytes, the receiver expects {expected}")
     tensors: Tensors = {}
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if expected else torch.empty(0, dtype=torch.uint8)
+    buffer = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if expected
+        else torch.empty(0, dtype=torch.uint8)
+    )
     offset = 0
     for name in sorted(spec):
         item = spec[name]

@@ -30,6 +30,7 @@ __all__ = [
     "pack_instruction",
     "pack_reply",
     "size",
+    "sizes",
     "unpack_instruction",
     "unpack_reply",
 ]
@@ -48,6 +49,7 @@ DENSE = -1
 _MAX_METRICS = 64
 _MAX_TEXT = 2_000
 _HEADER, _ARGUMENTS, _METRICS, _FACTS, _ARRAYS, _PAYLOAD = "h", "a", "m", "f", "p", "x"
+_NAMES = {"h": "header", "a": "arguments", "m": "metrics", "f": "facts", "p": "payload"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,13 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
             "run": instruction.run,
             "kind": instruction.kind,
             "at": [instruction.round, instruction.index, instruction.attempt],
-            "global": [instruction.base, instruction.start, instruction.oldest, instruction.digest, *instruction.sizes],
+            "global": [
+                instruction.base,
+                instruction.start,
+                instruction.oldest,
+                instruction.digest,
+                *instruction.sizes,
+            ],
             "counted": list(instruction.counted),
             "progress": float(instruction.progress),
         }
@@ -153,7 +161,9 @@ def unpack_instruction(content: RecordDict) -> Instruction:
         digest=digest,
         counted=(counted[0], counted[1]),
         progress=progress,
-        arguments={key: value for key, value in arguments.items() if isinstance(value, bool | int | float | str)},
+        arguments={
+            key: value for key, value in arguments.items() if isinstance(value, bool | int | float | str)
+        },
         payload=payload,
     )
 
@@ -193,7 +203,9 @@ def unpack_reply(content: RecordDict) -> Reply:
         round=round,
         index=index,
         examples=examples,
-        facts={key: value for key, value in facts.items() if isinstance(value, str) and len(value) <= _MAX_TEXT},
+        facts={
+            key: value for key, value in facts.items() if isinstance(value, str) and len(value) <= _MAX_TEXT
+        },
         metrics={key: value for key, value in values.items() if math.isfinite(value)},
         payload=_payload(content),
         error=_text(header, "error") if "error" in header else "",
@@ -201,8 +213,15 @@ def unpack_reply(content: RecordDict) -> Reply:
 
 
 def size(content: RecordDict) -> int:
-    """Bytes of the record as serialized protobuf: what the ledger counts."""
-    return int(recorddict_to_proto(content).ByteSize())
+    """Bytes of the record as serialized protobuf."""
+    return sum(sizes(content).values())
+
+
+def sizes(content: RecordDict) -> dict[str, int]:
+    """Bytes of each part of a message as serialized protobuf; with ``envelope`` they sum to the whole."""
+    proto = recorddict_to_proto(content)
+    parts = {_NAMES.get(item.key, "other"): item.ByteSize() for item in proto.items}
+    return {**parts, "envelope": proto.ByteSize() - sum(parts.values())}
 
 
 def encode(content: RecordDict) -> bytes:
@@ -241,7 +260,9 @@ def _header(content: RecordDict) -> ConfigRecord:
     if not isinstance(header, ConfigRecord):
         raise WireError("the message has no header; was it sent by fedllm?")
     if header.get("v") != VERSION:
-        raise WireError(f"the message speaks format {header.get('v')!r}, this side {VERSION}; upgrade the older one")
+        raise WireError(
+            f"the message speaks format {header.get('v')!r}, this side {VERSION}; upgrade the older one"
+        )
     return header
 
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from fedllm.config import RunConfig, Section
 from fedllm.data import Tokens
-from fedllm.errors import WireError
-from fedllm.models import Model, save
+from fedllm.errors import DataError, WireError
+from fedllm.models import Model, evaluate, save
 from fedllm.tensors import Spec, Tensors
 from fedllm.wire import Scalar
 
@@ -118,7 +118,7 @@ class Method(ABC):
     """One way of federated tuning. Its module names it ``METHOD`` and holds its ``Options``.
 
     ``acc`` is the method's own accumulator; folding the same replies in any order gives the same bits.
-    The last five methods have defaults that fit a method whose global tensors are the model's own.
+    The methods with a body fit a method whose global tensors are the model's own.
     """
 
     Options: ClassVar[type[Section]]
@@ -134,7 +134,7 @@ class Method(ABC):
 
     @abstractmethod
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
-        """What the tensors of an answer must look like, given the answering node's view of the global ones."""
+        """What the tensors of an answer must look like, given the node's view of the global ones."""
 
     @abstractmethod
     def begin(self, state: State, round: int) -> Any:
@@ -146,7 +146,7 @@ class Method(ABC):
 
     @abstractmethod
     def run(self, work: Work) -> Answer:
-        """Client: answer one exchange."""
+        """Client: answer one ``setup`` or ``fit`` exchange."""
 
     @abstractmethod
     def fold(self, acc: Any, kind: str, reply: Reply) -> Any:
@@ -156,12 +156,19 @@ class Method(ABC):
     def step(self, state: State, acc: Any) -> tuple[Tensors | Replay, Tensors]:
         """Server, on commit: the proposed global tensors (or a replay) and the next ``memory``."""
 
+    def evaluate(self, work: Work) -> Answer:
+        """Client: score the global tensors on its own held-out texts."""
+        if not len(work.test):
+            raise DataError("there are no held-out texts here: set data.client_test_fraction above 0")
+        batch_size = work.model.config.evaluation.batch_size
+        return Answer({}, len(work.test), evaluate(work.model, work.test, batch_size))
+
     def initial(self, model: Model) -> Tensors:
         """Return the global tensors of version 0, which every node derives for itself."""
         return model.read()
 
     def view(self, tensors: Tensors, node: int) -> Tensors:
-        """Return what ``node`` is sent and holds of the global tensors; a function of config, node and shapes."""
+        """Return what ``node`` holds of the global tensors; a function of config, node and shapes."""
         return tensors
 
     def load(self, model: Model, tensors: Tensors) -> None:
@@ -172,6 +179,11 @@ class Method(ABC):
         """Write the result so that it is true on the plain base model: ``adapter/`` or ``model/``."""
         self.load(model, tensors)
         save(model, folder)
+
+    def reference_parameters(self, model: Model) -> int:
+        """Parameters that FedAvg of the whole model would move: base and head, without adapters."""
+        adapters = ".default"  # peft names everything it adds after its adapter, "default"
+        return sum(p.numel() for name, p in model.module.named_parameters() if adapters not in name)
 
     def replay(self, tensors: Tensors, record: bytes) -> Tensors:
         """Both sides: take a :class:`Replay` step."""

@@ -98,8 +98,11 @@ def receive(
     """Client's half: the global tensors of ``instruction.base``.
 
     Args:
+        instruction: names the version and carries the payload.
         held: this node's view of version ``instruction.start``, or ``None`` if it has lost it.
         initial: the view that this node derives for itself; its spec bounds the payload.
+        config: the run.
+        method: takes replayed steps.
 
     Returns:
         The tensors, or ``None`` if the increments start from a version that is not held.
@@ -110,7 +113,8 @@ def receive(
         return None
     if instruction.start + len(instruction.sizes) != instruction.base:
         raise WireError(
-            f"{len(instruction.sizes)} increments from version {instruction.start} do not lead to {instruction.base}"
+            f"{len(instruction.sizes)} increments from version {instruction.start} "
+            f"do not lead to {instruction.base}"
         )
     offset = 0
     for step, length in enumerate(instruction.sizes):

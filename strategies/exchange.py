@@ -1,83 +1,64 @@
-"""One exchange with part of the federation: push, then pull until enough replies or the deadline."""
+"""Talking with part of the federation: push, then pull until enough replies or the deadline."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
-__all__ = ["Outcome", "converse"]
+__all__ = ["converse"]
 
 _POLL_S = (0.02, 0.25)
 """First and longest pause between two looks for replies."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one message: a reply's content, or why there is none."""
-
-    node: int
-    content: RecordDict | None
-    reason: str = ""
-
-
 def converse(
     grid: Grid,
-    contents: Mapping[int, RecordDict],
+    messages: Iterable[Message],
     *,
-    group: str,
-    deadline_s: float,
-    receive: Callable[[Outcome], RecordDict | None],
+    receive: Callable[[Message], Message | None],
     enough: Callable[[], bool],
-) -> list[int]:
-    """Send one record to each node and hand over the outcomes as they come.
+    deadline_s: float,
+) -> set[int]:
+    """Send messages and hand over the replies as they come.
 
     Args:
         grid: Flower's connection to the nodes.
-        contents: a record per Flower node id.
-        group: names the exchange in Flower's logs.
-        deadline_s: seconds after which missing replies are given up; also the messages' time to live.
-        receive: takes each outcome; what it returns, if anything, is sent to the same node once more.
-        enough: asked after each outcome; once true the exchange closes.
+        messages: at most one per node; pushed as they are produced, so that they need not all be held.
+        receive: takes each reply; a message that it returns is sent as well.
+        enough: asked after each reply; once true the exchange closes.
+        deadline_s: seconds after which missing replies are given up.
 
     Returns:
-        The nodes whose reply had not arrived when the exchange closed.
+        Flower ids of the nodes whose reply had not arrived when the exchange closed.
     """
     closes = time.monotonic() + deadline_s
     waiting: dict[str, int] = {}
 
-    def push(node: int, content: RecordDict) -> None:
-        message = Message(content, node, "train", ttl=max(closes - time.monotonic(), 1.0), group_id=group)
-        # One push per message, so that the identifier in the answer belongs to this node for certain.
+    def push(message: Message) -> None:
+        # One at a time: a grid leaves out the identifiers of messages that it refuses.
         for identifier in grid.push_messages([message]):
-            waiting[identifier] = node
-            return
-        outcome = Outcome(node, None, "the message was refused: is the node still registered?")
-        receive(outcome)
+            waiting[identifier] = message.metadata.dst_node_id
 
-    for node, content in contents.items():
-        push(node, content)
+    silent: set[int] = set()
+    for message in messages:
+        silent.add(message.metadata.dst_node_id)
+        push(message)
     pause = _POLL_S[0]
-    while waiting and not enough():
+    while waiting and not enough() and time.monotonic() < closes:
         arrived = False
-        for message in grid.pull_messages(list(waiting)):
+        for reply in grid.pull_messages(list(waiting)):
             arrived = True
-            node = waiting.pop(message.metadata.reply_to_message_id)
-            if message.has_error():
-                outcome = Outcome(node, None, f"the client failed: {message.error.reason}")
-            else:
-                outcome = Outcome(node, message.content)
-            again = receive(outcome)
+            silent.discard(waiting.pop(reply.metadata.reply_to_message_id))
+            again = receive(reply)
             if again is not None:
-                push(node, again)
+                silent.add(again.metadata.dst_node_id)
+                push(again)
             if enough():
                 break
-        if time.monotonic() >= closes:
-            break
         pause = _POLL_S[0] if arrived else min(2 * pause, _POLL_S[1])
         if waiting and not arrived:
             time.sleep(pause)
-    return sorted(waiting.values())
+    return silent

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from fedllm.errors import ConfigError
+
 if TYPE_CHECKING:
     from strategies.base import Method
 

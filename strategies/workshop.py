@@ -16,7 +16,6 @@ from fedllm.config import RunConfig
 from fedllm.data import Corpus, Tokens
 from fedllm.errors import DataError
 from fedllm.models import Model
-from fedllm.randomness import stream
 from fedllm.tensors import Tensors
 from strategies.base import Method
 from strategies.registry import load_method
@@ -83,14 +82,18 @@ class Workshop:
         tokens = self._train_tokens
         if not self.own_data:
             if node >= len(self.partition):
-                raise DataError(f"client {node} has no part: the data are partitioned over {len(self.partition)} clients")
+                raise DataError(
+                    f"client {node} has no part: the data are partitioned over {len(self.partition)} clients"
+                )
             tokens = tokens.subset(self.partition[node])
-        held_out = int(len(tokens) * self.config.data.client_test_fraction)
-        order = stream(self.config.seed, "held-out", node).permutation(len(tokens))
-        return tokens.subset(np.sort(order[held_out:])), tokens.subset(np.sort(order[:held_out]))
+        everything = np.arange(len(tokens))
+        train, test = data.hold_out(everything, self.config.data.client_test_fraction, self.config.seed, node)
+        return tokens.subset(train), tokens.subset(test)
 
     def _tokenise(self, corpus: Corpus) -> Tokens:
-        return data.tokenise(corpus, self.model.tokenizer, self.config.data.max_length, self.config.model.task)
+        return data.tokenise(
+            corpus, self.model.tokenizer, self.config.data.max_length, self.config.model.task
+        )
 
 
 @lru_cache(maxsize=2)

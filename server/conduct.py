@@ -1,0 +1,90 @@
+"""One run from the server's side: open or restore it, run the engine, write the result."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedllm import checkpoint, models
+from fedllm.config import RunConfig
+from fedllm.errors import FedllmError
+from fedllm.provenance import provenance
+from fedllm.run_database import FILE
+from fedllm.store import RunStore
+from fedllm.tensors import Tensors
+from strategies.engine import Engine
+from strategies.workshop import Workshop, open_workshop
+
+__all__ = ["conduct"]
+
+
+def conduct(grid: Grid, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Conduct a run to its end and return its summary.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        config: the run.
+        folder: the run folder. A run that lies there already is continued after its last checkpoint, and the
+            numbers come out as if it had never stopped.
+
+    Raises:
+        FedllmError: what ended the run; it is also the summary's last event.
+    """
+    begun = (folder / FILE).is_file()
+    saved = checkpoint.latest(folder / "checkpoints") if begun else None
+    with RunStore.open(folder) if begun else RunStore.create(folder, config, provenance()) as store:
+        store.truncate(saved.number if saved else -1)
+        try:
+            engine = _prepare(config, store)
+            if saved is not None:
+                engine.restore(saved)
+            engine.start(grid)
+            if not engine.finished:
+                return store.finish("stopped", reason="the operator asked to stop")
+            _write_result(engine, open_workshop(config.to_json()), folder)
+        except KeyboardInterrupt:
+            store.finish("stopped", reason="interrupted")
+            raise
+        except FedllmError as error:
+            store.finish("failed", reason=str(error))
+            raise
+        return store.finish("finished")
+
+
+def _prepare(config: RunConfig, store: RunStore) -> Engine:
+    """Load data and model, and compose the engine."""
+    workshop = open_workshop(config.to_json())
+    store.phase("loading data")
+    train, _ = workshop.split
+    store.partition(
+        [part.tolist() for part in workshop.partition],
+        None if train.labels is None else train.labels.tolist(),
+        train.label_names,
+    )
+    store.phase("loading model")
+    reference = 4 * workshop.method.reference_parameters(workshop.model)
+    evaluates = config.evaluation.every > 0
+
+    def evaluate(tensors: Tensors) -> dict[str, float]:
+        workshop.method.load(workshop.model, tensors)
+        return models.evaluate(workshop.model, workshop.test_tokens, config.evaluation.batch_size)
+
+    engine = Engine(
+        config,
+        workshop.method,
+        store,
+        initial=workshop.initial,
+        reference_bytes=reference,
+        evaluate=evaluate if evaluates else None,
+    )
+    engine.summary()
+    return engine
+
+
+def _write_result(engine: Engine, workshop: Workshop, folder: Path) -> None:
+    for name in ("adapter", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    workshop.method.save(workshop.model, engine.state.tensors, folder)

@@ -1,0 +1,133 @@
+"""What one round leaves behind: every byte that crossed and what became of every client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flwr.app import RecordDict
+
+from fedllm import wire
+from fedllm.ledger import Direction, Entry
+from fedllm.run_database import NodeRound, Round
+
+__all__ = ["RoundLog"]
+
+_OWN_COLUMNS = {"loss", "seconds", "update_norm", "peak_rss_bytes", "forward", "backward"}
+
+
+@dataclass
+class RoundLog:
+    """Collects entries and rows while a round runs, over all its attempts.
+
+    Attributes:
+        number: the round; 0 is what comes before the first.
+        attempt: attempts that missed their quorum so far.
+    """
+
+    number: int
+    attempt: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    nodes: list[NodeRound] = field(default_factory=list)
+    forward: float = 0.0
+    backward: float = 0.0
+    _started: float = field(default_factory=time.monotonic)
+    _sent: dict[int, float] = field(default_factory=dict)
+
+    def crossed(
+        self,
+        direction: Direction,
+        node: int,
+        kind: str,
+        content: RecordDict,
+        *,
+        payload: int,
+        dense: int | None,
+    ) -> None:
+        """Count one message.
+
+        Args:
+            direction: ``up`` or ``down``.
+            node: the client's number.
+            kind: of the exchange.
+            content: what is serialized.
+            payload: bytes of the payload within it.
+            dense: bytes that the payload would have as uncompressed fp32, if it stands for tensors.
+        """
+        if direction == "down":
+            self._sent[node] = time.monotonic()
+        parts = wire.sizes(content)
+        if dense is not None:
+            parts.setdefault("payload", 0)
+        for record, size in parts.items():
+            whole = size - payload + dense if dense is not None and record == "payload" else None
+            self.entries.append(Entry(self.number, node, direction, kind, record, size, whole))
+
+    def outcome(
+        self,
+        node: int,
+        kind: str,
+        status: Literal["accepted", "late", "failed", "rejected", "unused"],
+        *,
+        reason: str | None = None,
+        examples: int = 0,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Note what became of one client in one exchange."""
+        told = metrics or {}
+        compute = told.get("seconds", 0.0)
+        elapsed = time.monotonic() - self._sent.get(node, time.monotonic())
+        self.forward += told.get("forward", 0.0)
+        self.backward += told.get("backward", 0.0)
+        self.nodes.append(
+            NodeRound(
+                round=self.number,
+                node=node,
+                status=status,
+                attempt=self.attempt,
+                exchange=kind,
+                reason=reason,
+                examples=examples,
+                loss=told.get("loss"),
+                compute_seconds=compute,
+                transfer_seconds=max(elapsed - compute, 0.0) if status == "accepted" else 0.0,
+                update_norm=told.get("update_norm"),
+                peak_rss_bytes=int(told.get("peak_rss_bytes", 0.0)),
+                metrics={key: value for key, value in told.items() if key not in _OWN_COLUMNS},
+            )
+        )
+
+    @property
+    def last_reason(self) -> str:
+        """Why the last reply that did not count did not."""
+        return next((row.reason for row in reversed(self.nodes) if row.reason), "no client was there")
+
+    def record(
+        self,
+        *,
+        metrics: Mapping[str, float],
+        reference_bytes: int,
+        state_sha256: str,
+        details: dict[str, Any],
+        rss: int,
+    ) -> Round:
+        """Sum the round up; ``rss`` is the server's own peak."""
+        worked = [row for row in self.nodes if row.exchange != "evaluate" and row.attempt == self.attempt]
+        return Round(
+            round=self.number,
+            attempt=self.attempt,
+            metrics=metrics,
+            seconds=time.monotonic() - self._started,
+            client_compute=sum(row.compute_seconds for row in self.nodes),
+            participants=len({row.node for row in worked if row.status == "accepted"}),
+            failures=sum(row.status in ("failed", "late") for row in self.nodes),
+            rejected=sum(row.status == "rejected" for row in self.nodes),
+            peak_rss_bytes=max([rss, *(row.peak_rss_bytes for row in self.nodes)]),
+            forward=self.forward,
+            backward=self.backward,
+            reference_bytes=reference_bytes,
+            state_sha256=state_sha256,
+            details=details,
+        )

@@ -1,0 +1,54 @@
+"""Whole runs on a tiny model, with a grid whose messages can be lost or altered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+
+from client.place import CONFIG_KEY, FOLDER_KEY
+from fedllm.config import RunConfig
+from server.conduct import conduct
+from simulations.loopback import LoopbackGrid, loopback
+
+Fault = Callable[[Message], Message | None]
+"""Takes a client's reply; returns what reaches the server, or nothing."""
+
+
+class FaultyGrid(LoopbackGrid):
+    """A loopback grid between whose clients and server something happens to replies."""
+
+    fault: Fault
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        passed = (self.fault(reply) for reply in super().pull_messages(message_ids))
+        return [reply for reply in passed if reply is not None]
+
+
+def configuration(encoder: Path, texts: Path, **sections: Any) -> RunConfig:
+    """Six clients, three a round, five rounds of two short steps."""
+    sections.setdefault("tuning", {"rank": 2, "alpha": 4.0, "targets": ("query", "value")})
+    sections.setdefault("training", {"local_steps": 2, "batch_size": 8, "learning_rate": 5e-2})
+    sections.setdefault("server", {"sample": 3})
+    return RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "clients": 6,
+            "rounds": 5,
+            "model": {"name": str(encoder)},
+            "data": {"path": str(texts), "max_length": 16},
+            **sections,
+        }
+    )
+
+
+def run(config: RunConfig, folder: Path, fault: Fault | None = None) -> dict[str, Any]:
+    """Conduct a run, or continue the one in the folder."""
+    run_config = {CONFIG_KEY: config.to_json(), FOLDER_KEY: str(folder)}
+    with loopback(config.clients, run_config) as grid:
+        if fault is not None:
+            grid = FaultyGrid(config.clients, run_config, None)
+            grid.fault = fault
+        return conduct(grid, config, folder)

@@ -1,0 +1,234 @@
+"""A run from its first message to its result, and what the engine does when replies go wrong."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.common.serde import recorddict_to_proto
+
+from client.place import CONFIG_KEY, FOLDER_KEY
+from fedllm import wire
+from fedllm.config import RunConfig
+from fedllm.errors import RunFailed
+from fedllm.runs import Run
+from server.conduct import conduct
+from simulations.loopback import LoopbackGrid, loopback
+from tests.rounds.federation import Fault, configuration, run
+
+
+@pytest.fixture(scope="module")
+def config(tiny_encoder: Path, tiny_texts: Path) -> RunConfig:
+    return configuration(tiny_encoder, tiny_texts)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(config, folder)
+    return folder
+
+
+def sha(folder: Path) -> str:
+    return str(json.loads((folder / "summary.json").read_text())["state_sha256"])
+
+
+def test_a_run_ends_with_numbers_and_an_adapter(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["metrics"]["accuracy"] > 0.8
+    assert summary["passes"] == {"forward": 30.0, "backward": 30.0}
+    assert summary["failures"] == summary["rejected"] == 0
+    assert (undisturbed / "adapter" / "adapter_model.safetensors").is_file()
+    rounds = [json.loads(line) for line in (undisturbed / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in rounds] == [1, 2, 3, 4, 5]
+    assert {line["participants"] for line in rounds} == {3}
+
+
+def test_the_same_seed_gives_the_same_bits(config: RunConfig, undisturbed: Path, tmp_path: Path) -> None:
+    run(config, tmp_path / "again")
+    assert sha(tmp_path / "again") == sha(undisturbed)
+
+
+def test_another_seed_gives_others(config: RunConfig, undisturbed: Path, tmp_path: Path) -> None:
+    run(config.model_copy(update={"seed": 1}), tmp_path / "other")
+    assert sha(tmp_path / "other") != sha(undisturbed)
+
+
+class ReversingGrid(LoopbackGrid):
+    """Hands all waiting replies over at once, newest first."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies: list[Message] = []
+        while batch := list(super().pull_messages(message_ids)):
+            replies += batch
+        return replies[::-1]
+
+
+def test_the_order_of_replies_does_not_matter(config: RunConfig, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reversed"
+    run_config = {CONFIG_KEY: config.to_json(), FOLDER_KEY: str(folder)}
+    with loopback(config.clients, run_config):
+        conduct(ReversingGrid(config.clients, run_config, None), config, folder)
+    assert sha(folder) == sha(undisturbed)
+
+
+def test_the_ledger_holds_what_protobuf_serializes(config: RunConfig, tmp_path: Path) -> None:
+    crossed = 0
+
+    def count(message: Message) -> Message:
+        nonlocal crossed
+        crossed += len(recorddict_to_proto(message.content).SerializeToString())
+        return message
+
+    summary = run(config, tmp_path / "run", count)
+    assert summary["bytes"]["up"] == crossed
+    header = summary["bytes"]["up"] - summary["bytes"]["dense_up"]
+    assert header == 5 * 3 * 9  # without a codec a payload is the tensors as they are, behind 9 bytes
+    per_round = [row["bytes"] for row in Run(tmp_path / "run").traffic() if row["direction"] == "up"]
+    assert sum(per_round) == crossed
+
+
+def test_an_interrupted_run_continues_with_the_same_bits(
+    config: RunConfig, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    seen = 0
+
+    def interrupt(message: Message) -> Message:
+        nonlocal seen
+        seen += message.metadata.group_id != "describe"
+        if seen == 8:  # the second reply of round 3 has been sent, its round is not committed
+            raise KeyboardInterrupt
+        return message
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, folder, interrupt)
+    assert Run(folder).status == "stopped"
+    assert Run(folder).rounds()[-1].round == 2
+    summary = run(config, folder)
+    assert summary["status"] == "finished"
+    assert summary["state_sha256"] == sha(undisturbed)
+    assert [r.round for r in Run(folder).rounds()] == [0, 1, 2, 3, 4, 5]
+
+
+def altered(message: Message, **changes: Any) -> Message:
+    reply = dataclasses.replace(wire.unpack_reply(message.content), **changes)
+    return Message(wire.pack_reply(reply), reply_to=asked(message))
+
+
+def asked(reply: Message) -> Message:
+    """Stand in for the message that was answered."""
+    metadata = copy.copy(reply.metadata)
+    names = metadata.__dict__
+    names["_src_node_id"], names["_dst_node_id"] = names["_dst_node_id"], names["_src_node_id"]
+    names["_message_id"] = names["_reply_to_message_id"]
+    return Message(metadata=metadata, content=RecordDict())
+
+
+def nan_payload(message: Message) -> Message:
+    """A payload whose checksum is right and whose first value is not a number."""
+    payload = bytearray(wire.unpack_reply(message.content).payload)
+    payload[9:13] = struct.pack("<f", math.nan)
+    payload[5:9] = struct.pack("<I", zlib.crc32(payload[9:]))
+    return altered(message, payload=bytes(payload))
+
+
+HOSTILE: dict[str, tuple[Fault, str, str]] = {
+    "crash": (lambda m: Message(Error(0, "boom"), reply_to=asked(m)), "failed", "boom"),
+    "says so": (lambda m: altered(m, error="out of memory"), "failed", "out of memory"),
+    "nan": (nan_payload, "rejected", "NaN"),
+    "short": (lambda m: altered(m, payload=b"1234"), "rejected", "bytes"),
+    "no record": (lambda m: Message(RecordDict(), reply_to=asked(m)), "rejected", "header"),
+    "greedy": (lambda m: altered(m, examples=10**9), "rejected", "claims"),
+    "wrong round": (lambda m: altered(m, round=99), "rejected", "answers exchange"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_bad_reply_is_recorded_and_the_run_goes_on(
+    kind: str, config: RunConfig, undisturbed: Path, tmp_path: Path
+) -> None:
+    fault, status, reason = HOSTILE[kind]
+    first = config.model_copy(update={"rounds": 1})
+
+    def spoil_one(message: Message) -> Message:
+        group, node = message.metadata.group_id, message.metadata.src_node_id
+        return fault(message) if group == "1" and node == victim else message  # type: ignore[return-value]
+
+    victim = min(Run(undisturbed).rounds()[1].details["accepted"]) + 1
+    summary = run(first, tmp_path / "run", spoil_one)
+    assert summary["status"] == "finished"
+    (row,) = [row for row in Run(tmp_path / "run").nodes(round=1) if row.status != "accepted"]
+    assert (row.status, row.node) == (status, victim - 1)
+    assert reason in str(row.reason)
+    assert summary["failures"] + summary["rejected"] == 1
+
+
+def test_a_round_without_quorum_is_tried_again_and_then_fails(config: RunConfig, tmp_path: Path) -> None:
+    hurried = config.server.model_copy(update={"deadline_s": 0.5, "retries": 1})
+
+    def silent(message: Message) -> Message | None:
+        return message if message.metadata.group_id in ("describe", "1") else None
+
+    with pytest.raises(RunFailed, match=r"round 2 missed its quorum of 2 in 2 attempts: no reply before"):
+        run(config.model_copy(update={"server": hurried}), tmp_path / "run", silent)
+    assert Run(tmp_path / "run").status == "failed"
+    assert Run(tmp_path / "run").rounds()[-1].round == 1
+
+
+def test_a_round_that_succeeds_at_the_second_attempt_changes_no_bit(
+    config: RunConfig, undisturbed: Path, tmp_path: Path
+) -> None:
+    hurried = config.server.model_copy(update={"deadline_s": 2.0})
+    lost = 0
+
+    def lose_six(message: Message) -> Message | None:
+        nonlocal lost
+        if message.metadata.group_id == "3" and lost < 3:
+            lost += 1
+            return None
+        return message
+
+    summary = run(config.model_copy(update={"server": hurried}), tmp_path / "run", lose_six)
+    assert summary["state_sha256"] == sha(undisturbed)
+    assert summary["failures"] == 3
+
+
+def test_over_selected_clients_are_not_waited_for(config: RunConfig, tmp_path: Path) -> None:
+    generous = config.server.model_copy(update={"over_select": 2})
+    summary = run(config.model_copy(update={"server": generous, "rounds": 2}), tmp_path / "run")
+    rows = Run(tmp_path / "run").nodes(round=2)
+    assert sorted(row.status for row in rows) == ["accepted"] * 3 + ["unused"] * 2
+    assert summary["failures"] == 0
+
+
+def test_the_operator_stops_and_quarantines_between_rounds(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def ask_to_stop(message: Message) -> Message:
+        if message.metadata.group_id == "2":
+            Run(folder).post_command("stop", by="operator")
+        return message
+
+    assert run(config, folder, ask_to_stop)["status"] == "stopped"
+    assert Run(folder).rounds()[-1].round == 2
+    Run(folder).post_command("quarantine", by="operator", node=4)
+    assert run(config, folder)["status"] == "finished"
+    assert all(4 not in r.details["accepted"] for r in Run(folder).rounds(after=2))
+
+
+def test_clients_evaluate_on_their_own_held_out_texts(config: RunConfig, tmp_path: Path) -> None:
+    data = config.data.model_copy(update={"client_test_fraction": 0.25})
+    evaluation = config.evaluation.model_copy(update={"clients": True})
+    run(config.model_copy(update={"data": data, "evaluation": evaluation, "rounds": 2}), tmp_path / "run")
+    assert 0.0 <= Run(tmp_path / "run").rounds()[-1].details["clients"]["accuracy"] <= 1.0
