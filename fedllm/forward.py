@@ -18,9 +18,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedllm.data import Batch
 from fedllm.directions import Direction, Kind, add_scaled, flat
+from fedllm.models import Model
 from fedllm.tensors import Tensors
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "Loss",
     "Slopes",
     "antithetic",
+    "batch_loss",
     "expected_cosine",
     "jvp",
     "passes",
@@ -188,3 +192,45 @@ def slopes(
     if estimator == "jvp":
         return jvp(loss, tensors, directions, kind=kind, parallel=parallel)
     return antithetic(loss, tensors, directions, kind=kind, radius=radius)
+
+
+def batch_loss(model: Model, batch: Batch, rows: int = 64) -> Loss:
+    """Return the loss on one batch as a function of the trained tensors.
+
+    A causal model's logits are the largest tensor there is (vocabulary times tokens), and a tangent doubles
+    it; here they are made for ``rows`` tokens at a time and forgotten.
+
+    Args:
+        model: its trained tensors are the function's argument, the rest is fixed.
+        batch: the texts.
+        rows: tokens whose logits exist at once, of a causal model.
+    """
+    ids, mask, labels = (tensor.to(model.device) for tensor in batch)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+
+    def classified(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        output = torch.func.functional_call(model.module, dict(values), kwargs={**inputs, "labels": labels})
+        value: torch.Tensor = output.loss
+        return value
+
+    if model.task != "causal":
+        return classified
+    decoder = model.module.backbone.get_output_embeddings()  # type: ignore[operator]  # transformers' own
+    targets = functional.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+    predicted = int((targets != -100).sum())
+
+    def predicting(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        decoder.forward = lambda hidden: hidden
+        try:
+            output = torch.func.functional_call(model.module, dict(values), kwargs=inputs)
+        finally:
+            del decoder.forward
+        hidden = output.logits.flatten(0, 1)
+        total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(targets), rows):
+            logits = decoder(hidden[first : first + rows]).float()
+            some = targets[first : first + rows]
+            total = total + functional.cross_entropy(logits, some, ignore_index=-100, reduction="sum")
+        return total / max(predicted, 1)
+
+    return predicting

@@ -1,0 +1,193 @@
+"""Hidden states below the lowest trained layer, computed once per text.
+
+When only the top K of L layers are trained, what the lower layers make of a text never changes: each
+further forward pass costs K / L of the model. Entries are kept in memory within a budget, then in files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedllm.data import Tokens
+from fedllm.forward import settled
+from fedllm.models import Model
+
+__all__ = ["ActivationCache", "Activations", "Stack", "stack_of"]
+
+_TEXTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A model's layers and how many of the lowest are frozen throughout.
+
+    Attributes:
+        layers: all of them, in order.
+        frozen: layers whose output cannot change while the trained tensors do; 0 rules caching out.
+    """
+
+    layers: tuple[nn.Module, ...]
+    frozen: int
+
+    @property
+    def share(self) -> float:
+        """Share of the layers that still has to run."""
+        return 1.0 - self.frozen / len(self.layers)
+
+    @contextmanager
+    def resumed(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Let the frozen layers hand on ``hidden`` [b, t, width] instead of computing."""
+
+        def cached(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return hidden
+
+        for layer in self.layers[: self.frozen]:
+            layer.__dict__["forward"] = cached
+        try:
+            yield
+        finally:
+            for layer in self.layers[: self.frozen]:
+                del layer.__dict__["forward"]
+
+
+def stack_of(module: nn.Module) -> Stack:
+    """Find the longest list of layers and the lowest that holds a trained parameter.
+
+    Anything trained outside the layers and the linear head (prompts, embeddings) could reach the lowest
+    layer, so that nothing may be cached then.
+    """
+    lists = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    if not lists:
+        return Stack((module,), 0)
+    prefix, layers = max(lists, key=lambda item: len(item[1]))
+    frozen = len(layers)
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad or name.startswith("head."):
+            continue
+        inside = name.startswith(prefix + ".")
+        frozen = min(frozen, int(name[len(prefix) + 1 :].split(".")[0]) if inside else 0)
+    return Stack(tuple(layers), frozen)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Hidden states of one client's texts.
+
+    Attributes:
+        rows: [tokens of all texts, width] float32, in memory or mapped from a file.
+        starts: each text's first row.
+        lengths: each text's number of tokens.
+    """
+
+    rows: npt.NDArray[np.float32]
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return [b, t, width], zero beyond each text's end, t the longest length of the batch."""
+        lengths = self.lengths[indices]
+        out = np.zeros((len(indices), int(lengths.max()), self.rows.shape[1]), dtype=np.float32)
+        for place, (start, length) in enumerate(zip(self.starts[indices], lengths, strict=True)):
+            out[place, :length] = self.rows[start : start + length]
+        return torch.from_numpy(out)
+
+
+@dataclass
+class ActivationCache:
+    """Activations by content: the frozen weights, the texts and the number of layers name an entry.
+
+    Attributes:
+        budget_bytes: held in memory; what comes after goes to files in a folder that ends with the process.
+    """
+
+    budget_bytes: int
+    _entries: dict[str, Activations] = field(default_factory=dict)
+    _held: int = 0
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+    _weights: tuple[tuple[Any, ...], str] = ((), "")
+
+    def get(self, model: Model, stack: Stack, tokens: Tokens) -> tuple[Activations, int]:
+        """Return the activations below the first trained layer, and how many texts had to be computed.
+
+        All of a client's texts are computed at the first call, in fixed groups, so that the values do
+        not depend on which batches are drawn.
+        """
+        key = self._key(model.module, stack, tokens)
+        if key in self._entries:
+            return self._entries[key], 0
+        self._entries[key] = self._compute(model, stack, tokens, key)
+        return self._entries[key], len(tokens)
+
+    def _key(self, module: nn.Module, stack: Stack, tokens: Tokens) -> str:
+        digest = hashlib.sha256(self._fingerprint(module).encode())
+        digest.update(repr(stack.frozen).encode())
+        digest.update(np.ascontiguousarray(tokens.lengths).tobytes())
+        for start, length in zip(tokens.starts, tokens.lengths, strict=True):
+            digest.update(tokens.flat[start : start + length].tobytes())
+        return digest.hexdigest()
+
+    def _fingerprint(self, module: nn.Module) -> str:
+        """Hash the frozen weights; hashed again only after one of them was written to or replaced."""
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        versions = tuple((p.data_ptr(), p._version) for p in frozen)
+        if versions != self._weights[0]:
+            digest = hashlib.sha256()
+            for parameter in frozen:
+                raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                digest.update(raw.numpy().tobytes())
+            self._weights = (versions, digest.hexdigest())
+        return self._weights[1]
+
+    def _compute(self, model: Model, stack: Stack, tokens: Tokens, key: str) -> Activations:
+        ends = np.cumsum(tokens.lengths)
+        starts = ends - tokens.lengths
+        rows: npt.NDArray[np.float32] | None = None
+        for first in range(0, len(tokens), _TEXTS_AT_ONCE):
+            indices = np.arange(first, min(first + _TEXTS_AT_ONCE, len(tokens)))
+            hidden = _below(model, stack, tokens, indices)
+            if rows is None:
+                rows = self._allocate((int(ends[-1]), hidden.shape[-1]), key)
+            for index, values in zip(indices, hidden, strict=True):
+                rows[starts[index] : ends[index]] = values[: tokens.lengths[index]]
+        assert rows is not None
+        return Activations(rows, starts, tokens.lengths)
+
+    def _allocate(self, shape: tuple[int, int], key: str) -> npt.NDArray[np.float32]:
+        size = 4 * shape[0] * shape[1]
+        if self._held + size <= self.budget_bytes:
+            self._held += size
+            return np.empty(shape, dtype=np.float32)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="fedllm-activations-")
+        return np.memmap(Path(self._folder.name) / key, dtype=np.float32, mode="w+", shape=shape)
+
+
+def _below(
+    model: Model, stack: Stack, tokens: Tokens, indices: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Run texts through the model and catch what leaves the last frozen layer."""
+    caught: list[torch.Tensor] = []
+    last = stack.layers[stack.frozen - 1]
+    hook = last.register_forward_hook(lambda _module, _args, output: caught.append(output))
+    try:
+        with settled(model.module):
+            batch = tokens.batch(indices)
+            model.module(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=batch.attention_mask.to(model.device),
+            )
+    finally:
+        hook.remove()
+    values: npt.NDArray[np.float32] = caught[0].float().cpu().numpy()
+    return values

@@ -1,0 +1,100 @@
+"""A linear head in one closed-form round, without any gradient.
+
+Clients send sums over their texts; sums add up to the same statistics however the texts are shared out.
+``means`` sets each class's weights to the mean of its unit features, ``cosine`` to that mean's direction
+(FedNCM, Legate et al., NeurIPS 2023), ``ridge`` to the least-squares classifier (Fed3R, Fani et al., ICML
+2024).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fedllm.data import Tokens
+from fedllm.forward import settled
+from fedllm.models import Model
+from fedllm.tensors import Tensors, TensorSpec
+
+__all__ = ["Start", "head", "statistics", "statistics_spec"]
+
+Start = Literal["none", "means", "cosine", "ridge"]
+
+_RIDGE = 1.0
+"""Penalty in units of unit-length features, where the Gram matrix of n texts has trace n."""
+_RIDGE_SCALE = 8.0
+"""Least squares fits targets of 0 and 1; logits that differ by 1 would hardly prefer any class."""
+
+
+def statistics_spec(start: Start, classes: int, width: int) -> dict[str, TensorSpec]:
+    """Describe a client's statistics; those of ``ridge`` grow with the square of the width.
+
+    >>> sum(s.nbytes for s in statistics_spec("means", 5, 384).values())
+    7700
+    >>> sum(s.nbytes for s in statistics_spec("ridge", 5, 384).values())
+    303380
+    """
+    spec = {"counts": TensorSpec((classes,)), "sums": TensorSpec((classes, width))}
+    if start == "ridge":
+        spec["gram"] = TensorSpec((width * (width + 1) // 2,))
+    return spec
+
+
+def statistics(model: Model, tokens: Tokens, start: Start, batch_size: int = 64) -> Tensors:
+    """Sum unit features over a client's texts: by class, and for ``ridge`` their outer products.
+
+    Args:
+        model: an encoder with a linear head of ours.
+        tokens: the client's texts, with classes.
+        start: which statistics.
+        batch_size: texts per forward pass.
+
+    Returns:
+        ``counts`` [classes], ``sums`` [classes, width] and, for ``ridge``, ``gram``: its upper
+        triangle by rows.
+    """
+    assert model.module.head is not None
+    assert tokens.labels is not None
+    width, classes = model.module.head.in_features, model.module.head.out_features
+    sums = torch.zeros(classes, width, dtype=torch.float64)
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    with settled(model.module):
+        for start_at in range(0, len(tokens), batch_size):
+            batch = tokens.batch(np.arange(start_at, min(start_at + batch_size, len(tokens))))
+            ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+            features = torch.nn.functional.normalize(model.module.features(ids, mask), dim=-1).cpu().double()
+            sums.index_add_(0, batch.labels, features)
+            if start == "ridge":
+                gram += features.T @ features
+    counts = torch.bincount(torch.from_numpy(tokens.labels), minlength=classes)
+    found: Tensors = {"counts": counts.float(), "sums": sums.float()}
+    if start == "ridge":
+        rows, columns = torch.triu_indices(width, width)
+        found["gram"] = gram[rows, columns].float()
+    return found
+
+
+def head(start: Start, total: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn the federation's summed statistics into a head for features of length sqrt(width).
+
+    A class that nobody holds gets weights 0.
+
+    Returns:
+        Weight [classes, width] and bias [classes], float32.
+    """
+    counts, sums = total["counts"].double(), total["sums"].double()
+    width = sums.shape[1]
+    if start == "ridge":
+        gram = torch.zeros(width, width, dtype=torch.float64)
+        rows, columns = torch.triu_indices(width, width)
+        gram[rows, columns] = total["gram"].double()
+        gram = gram + gram.T - torch.diag(gram.diagonal())
+        solved = torch.linalg.solve(gram + _RIDGE * torch.eye(width, dtype=torch.float64), sums.T)
+        weight = solved.T * _RIDGE_SCALE / width**0.5
+    else:
+        weight = sums / counts.clamp(min=1.0).unsqueeze(1)
+        if start == "cosine":
+            weight = torch.nn.functional.normalize(weight, dim=1)
+    return weight.float(), torch.zeros(len(counts))

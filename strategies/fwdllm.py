@@ -1,0 +1,394 @@
+"""Fine-tuning without backpropagation: FwdLLM (Xu et al., USENIX ATC 2024, algorithm 1), with scalar uploads.
+
+    setup      client k  sends sums of its features by class; the server sets the head in closed form
+    round r    client k  draws one batch; for each direction v_i, i = 1..P, drawn from (seed, r, k, i),
+                         measures the slope c_i = grad f_k . v_i by forward passes; sends c (4 P bytes)
+               server    G = sum_k n_k / n * mean_i c_ki v_ki
+                         while G is mostly noise, and the cap not reached: asks the same clients for P more
+               both      w <- w - rho(r) ||w|| G / ||G||        (each rebuilds G from the cohort's slopes)
+
+The two sides know the directions, so neither gradients nor weights travel.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from fedllm import models
+from fedllm.accumulator import WeightedSum
+from fedllm.activation_cache import ActivationCache, Stack, stack_of
+from fedllm.config import RunConfig, Section
+from fedllm.data import Batch
+from fedllm.directions import Direction, Kind
+from fedllm.errors import ConfigError, RunFailed, WireError
+from fedllm.forward import Estimator, Slopes, batch_loss, expected_cosine, passes, settled, slopes
+from fedllm.models import Model
+from fedllm.randomness import stream
+from fedllm.scalars import Cohort, gradient, halves, pack_cohort, signal_to_noise, unpack_cohort
+from fedllm.tensors import Spec, Tensors, TensorSpec, dense_bytes, spec_of
+from fedllm.warm_start import Start, head, statistics, statistics_spec
+from strategies.base import Answer, Commit, Exchange, Method, Passes, Replay, Reply, State, Work
+
+__all__ = ["METHOD", "FwdLLM", "Options"]
+
+logger = logging.getLogger(__name__)
+
+_HOPELESS = 0.02
+"""Expected cosine below which a round's step is as good as random."""
+_LARGE_SETUP = 200_000
+"""Bytes of setup statistics per client from which on a slow link deserves a warning."""
+_HEAD, _SLOPES = b"h", b"s"
+_WEIGHT, _BIAS = "head.weight", "head.bias"
+
+
+class Options(Section):
+    """Options of ``method = "fwdllm"``."""
+
+    directions: int = Field(10, ge=1, le=10_000)
+    """Directions that a client probes per exchange (P)."""
+    estimator: Literal["jvp", "antithetic"] = "jvp"
+    """``jvp`` is exact and fast, ``antithetic`` needs the memory of plain inference."""
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    """Of a direction's entries."""
+    radius: float = Field(1e-2, gt=0.0, lt=1.0)
+    """Length of an antithetic step relative to the trained tensors' norm."""
+    parallel: int = Field(8, ge=1)
+    """Directions that ``jvp`` carries side by side; memory grows with it."""
+    upload: Literal["scalars", "dense"] = "scalars"
+    """``dense`` sends each client's forward gradient, as the paper's code does; for comparison."""
+    step: Literal["trust", "mean"] = "trust"
+    """``trust`` moves by a share of the weights' norm, ``mean`` by the gradient, for ``server.optimizer``."""
+    learning_rate: float = Field(0.1, gt=0.0)
+    """Share of the norm (``trust``) or factor of the gradient (``mean``) at the first round."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls to the last round."""
+    pacing: Literal["fixed", "ratio", "variance"] = "fixed"
+    """When a round has enough directions: after one exchange, by signal to noise, or by the paper's rule."""
+    threshold: float = Field(0.1, gt=0.0)
+    """Least signal-to-noise ratio (``ratio``), or largest variance of ``pacing_tensor`` (``variance``)."""
+    pacing_tensor: str = ""
+    """Trained tensor that the paper's rule looks at; empty takes the last by name."""
+    max_exchanges: int = Field(4, ge=1)
+    """Exchanges after which a round commits whatever the gate says."""
+    warm_start: Start = "none"
+    """Closed-form start of the head: ``means``, ``cosine`` or ``ridge``."""
+    cache_bytes: int = Field(256 * 2**20, ge=0)
+    """Memory for hidden states of frozen lower layers; beyond it they go to files."""
+    max_growth: float = Field(4.0, gt=1.0)
+    """Growth of the trained tensors' norm at which the run is stopped as collapsed."""
+
+
+@dataclass
+class Round:
+    """What one round has folded so far; ``dense`` and ``statistics`` serve the modes that need them."""
+
+    number: int
+    cohort: Cohort
+    dense: WeightedSum | None = None
+    statistics: WeightedSum | None = None
+    ratios: list[float] = field(default_factory=list)
+
+
+class FwdLLM(Method):
+    """Clients measure slopes; the server, and every client, rebuild the step."""
+
+    Options: ClassVar[type[Section]] = Options
+    replays: ClassVar[bool] = True
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.options = Options.model_validate(config.options)
+        _check(config, self.options)
+        self.cache = ActivationCache(self.options.cache_bytes)
+
+    @property
+    def kind(self) -> Kind:
+        """Distribution of the directions."""
+        return self.options.distribution
+
+    def build(self, labels: tuple[str, ...]) -> Model:
+        """Load the base model with its adapter, and say what a round can be expected to achieve."""
+        model = models.load(self.config, labels)
+        options, count = self.options, sum(p.numel() for p in model.trainable().values())
+        cosine = expected_cosine(options.directions * self.config.cohort, count)
+        stack = stack_of(model.module)
+        logger.info(
+            "%d trained parameters, %d directions a round: expected cosine to the gradient %.3f; "
+            "%d of %d layers are frozen and cached",
+            count,
+            options.directions * self.config.cohort,
+            cosine,
+            stack.frozen,
+            len(stack.layers),
+        )
+        if cosine < _HOPELESS:
+            logger.warning(
+                "an expected cosine of %.4f is hopeless: train fewer than %d parameters (tuning.rank, "
+                "tuning.targets, tuning.peft) or raise fwdllm.directions",
+                cosine,
+                count,
+            )
+        if model.module.head is not None and options.warm_start != "none":
+            size = dense_bytes(self._statistics_spec(model.read()))
+            if size > _LARGE_SETUP:
+                logger.warning(
+                    'fwdllm.warm_start = "%s" makes each client upload %.2f MB once; "means" needs %.3f MB',
+                    options.warm_start,
+                    size / 1e6,
+                    4 * (model.module.head.weight.numel() + len(labels)) / 1e6,
+                )
+        return model
+
+    def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
+        """Expect P slopes and nothing else; in the setup, statistics; a dense gradient if asked for."""
+        if exchange.kind == "setup":
+            return self._statistics_spec(tensors)
+        if self.options.upload == "dense":
+            return spec_of(tensors)
+        return {"slopes": TensorSpec((self.options.directions,))}
+
+    def begin(self, state: State, round: int) -> Round:
+        """Start an empty cohort."""
+        acc = Round(round, Cohort(round))
+        if round == 0 and self.options.warm_start != "none":
+            acc.statistics = WeightedSum(self._statistics_spec(state.tensors))
+        if self.options.upload == "dense":
+            acc.dense = WeightedSum(spec_of(state.tensors))
+        return acc
+
+    def plan(self, state: State, acc: Round) -> Exchange | Commit:
+        """Ask for statistics once, or for slopes until the gate passes or the cap is reached."""
+        if acc.number == 0:
+            wanted = acc.statistics is not None and not acc.statistics.count
+            return Exchange("setup") if wanted else Commit()
+        if acc.dense is not None:
+            return Commit() if acc.dense.count else Exchange("fit")
+        if not acc.cohort.slopes:
+            return Exchange("fit")
+        asked = max(len(found) for found in acc.cohort.slopes.values()) // self.options.directions
+        return Commit() if asked >= self._cap or self._settled(state, acc) else Exchange("fit")
+
+    @property
+    def _cap(self) -> int:
+        return 1 if self.options.pacing == "fixed" else self.options.max_exchanges
+
+    def _settled(self, state: State, acc: Round) -> bool:
+        """Whether the two halves of what came in agree well enough."""
+        entries = sum(t.numel() for t in state.tensors.values())
+        a, b = halves(acc.cohort, self.config.seed, entries, self.kind)
+        if self.options.pacing == "ratio":
+            acc.ratios.append(signal_to_noise(a, b))
+            return acc.ratios[-1] >= self.options.threshold
+        name = self.options.pacing_tensor or max(state.tensors)
+        if name not in state.tensors:
+            raise ConfigError(f"fwdllm.pacing_tensor = {name!r} is no trained tensor")
+        start = sum(t.numel() for other, t in state.tensors.items() if other < name)
+        part = slice(start, start + state.tensors[name].numel())
+        # The paper's released rule: half the mean square by which the halves' means differ, in the units
+        # of one tensor's gradient.
+        acc.ratios.append(float(((a[part] - b[part]) ** 2).mean()) / 2.0)
+        return acc.ratios[-1] <= self.options.threshold
+
+    def run(self, work: Work) -> Answer:
+        """Client: measure slopes on one batch; asked again in a round, on the same batch further on."""
+        if work.kind == "setup":
+            found = statistics(work.model, work.train, self.options.warm_start)
+            return Answer(found, len(work.train), {}, passes=Passes(len(work.train) / self._batch_size))
+        options = self.options
+        first = work.index * options.directions
+        names = [
+            Direction(self.config.seed, work.round, work.node, first + i) for i in range(options.directions)
+        ]
+        found_slopes, cost = self._probe(work, names)
+        rms = math.sqrt(float((found_slopes.astype(np.float64) ** 2).mean()))
+        if options.upload == "scalars":
+            answer: Tensors = {"slopes": torch.from_numpy(found_slopes)}
+        else:
+            alone = Cohort(work.round, {work.node: found_slopes}, {work.node: 1})
+            flat = gradient(alone, self.config.seed, _entries(work.tensors), self.kind)
+            answer = _shaped(flat, work.tensors)
+        # For Rademacher directions E c^2 = ||grad f||^2: the slopes measure the gradient's norm for free.
+        return Answer(answer, len(work.train), {"gradient_norm": rms}, passes=Passes(cost))
+
+    @property
+    def _batch_size(self) -> int:
+        return self.config.training.batch_size
+
+    def _probe(self, work: Work, names: list[Direction]) -> tuple[Slopes, float]:
+        """Measure the slopes along ``names``; also return the cost in passes through the whole model."""
+        order = stream(self.config.seed, "batches", work.round, work.node).permutation(len(work.train))
+        indices = order[: self._batch_size]
+        batch, stack = work.train.batch(indices), stack_of(work.model.module)
+        count = passes(len(names), self.options.estimator, self.options.parallel)
+        with settled(work.model.module):
+            if not stack.frozen:
+                return self._slopes(work.model, batch, names), float(count)
+            entry, computed = self.cache.get(work.model, stack, work.train)
+            hidden = entry.batch(indices).to(work.model.device, _dtype(stack))
+            with stack.resumed(hidden):
+                found = self._slopes(work.model, batch, names)
+        return found, count * stack.share + computed / self._batch_size * (1.0 - stack.share)
+
+    def _slopes(self, model: Model, batch: Batch, names: list[Direction]) -> Slopes:
+        options = self.options
+        estimator: Estimator = options.estimator
+        tensors: Tensors = {name: p.detach() for name, p in model.trainable().items()}
+        return slopes(
+            estimator,
+            batch_loss(model, batch),
+            tensors,
+            names,
+            kind=self.kind,
+            radius=options.radius,
+            parallel=options.parallel,
+        )
+
+    def fold(self, acc: Round, kind: str, reply: Reply) -> Round:
+        """Server: note a client's slopes under its number."""
+        if kind == "setup":
+            assert acc.statistics is not None
+            acc.statistics.add(reply.tensors, 1)
+        elif acc.dense is not None:
+            acc.dense.add(reply.tensors, reply.examples)
+        else:
+            acc.cohort.extend(reply.node, reply.tensors["slopes"].numpy(), reply.examples)
+        return acc
+
+    def step(self, state: State, acc: Round) -> tuple[Tensors | Replay, Tensors]:
+        """Server: propose the step as a record of slopes, and watch that the weights do not blow up."""
+        if acc.number == 0:
+            if acc.statistics is None or not acc.statistics.count:
+                return state.tensors, state.memory
+            weight, bias = head(self.options.warm_start, acc.statistics.total())
+            values = torch.cat([weight.reshape(-1), bias]).numpy().astype("<f4").tobytes()
+            return Replay(_HEAD + values), state.memory
+        record = _SLOPES + pack_cohort(acc.cohort)
+        if acc.dense is not None:
+            mean = acc.dense.mean()
+            flat = np.concatenate([mean[name].double().reshape(-1).numpy() for name in sorted(mean)])
+            after = self._stepped(state.tensors, flat, acc.number)
+        else:
+            after = self.replay(state.tensors, record)
+        memory = self._watch(state, after)
+        memory["report/directions"] = torch.tensor(float(acc.cohort.directions))
+        if acc.ratios:
+            memory[f"report/{self.options.pacing}"] = torch.tensor(acc.ratios[-1])
+        plain = self.config.server.optimizer == "sgd" and self.config.server.learning_rate == 1.0
+        return (Replay(record) if plain and acc.dense is None else after), memory
+
+    def replay(self, tensors: Tensors, record: bytes) -> Tensors:
+        """Both sides: rebuild the cohort's gradient from its slopes and take the step."""
+        tag, body = record[:1], record[1:]
+        if tag == _HEAD:
+            return _with_head(tensors, body)
+        if tag != _SLOPES:
+            raise WireError(f"unknown kind of replay record {tag!r}")
+        cohort = unpack_cohort(body)
+        flat = gradient(cohort, self.config.seed, _entries(tensors), self.kind)
+        return self._stepped(tensors, flat, cohort.round)
+
+    def _stepped(self, tensors: Tensors, flat: np.ndarray, round: int) -> Tensors:
+        """Take the step in float64 with sums that no machine rounds differently."""
+        rate = self.options.learning_rate * _decay(self.options.schedule, (round - 1) / self.config.rounds)
+        weights = np.concatenate([tensors[n].double().reshape(-1).numpy() for n in sorted(tensors)])
+        if self.options.step == "trust":
+            length = _norm(flat)
+            rate = rate * _norm(weights) / length if length else 0.0
+        return _shaped(weights - rate * flat, tensors)
+
+    def _watch(self, state: State, after: Tensors) -> Tensors:
+        """Remember the norm of the start; stop once the weights have grown out of proportion."""
+        memory = dict(state.memory)
+        start = memory.setdefault("start_norm", torch.tensor(_tensors_norm(state.tensors)))
+        growth = _tensors_norm(after) / max(float(start), 1e-30)
+        memory["report/growth"] = torch.tensor(growth)
+        if not growth <= self.options.max_growth:
+            raise RunFailed(
+                f"the trained tensors have grown to {growth:.1f} times their norm at the start "
+                f"(fwdllm.max_growth = {self.options.max_growth:g}), which noisy steps do before accuracy "
+                f"collapses; lower fwdllm.learning_rate = {self.options.learning_rate:g} or raise "
+                f"fwdllm.directions = {self.options.directions}"
+            )
+        return memory
+
+    def _statistics_spec(self, tensors: Tensors) -> dict[str, TensorSpec]:
+        classes, width = tensors[_WEIGHT].shape
+        return statistics_spec(self.options.warm_start, classes, width)
+
+
+METHOD = FwdLLM
+
+
+def _check(config: RunConfig, options: Options) -> None:
+    server = config.server
+    if options.warm_start != "none" and (
+        config.model.task != "classification" or config.model.pooling == "own"
+    ):
+        raise ConfigError(
+            f'fwdllm.warm_start = "{options.warm_start}" needs a linear head of ours: model.task = '
+            '"classification" with model.pooling = "mean" or "cls"'
+        )
+    if options.step == "trust" and (server.optimizer != "sgd" or server.learning_rate != 1.0):
+        raise ConfigError(
+            'fwdllm.step = "trust" sets the length of the step itself: leave server.optimizer and '
+            'server.learning_rate alone, or take fwdllm.step = "mean"'
+        )
+    if options.upload == "dense" and options.pacing != "fixed":
+        raise ConfigError('fwdllm.upload = "dense" holds one exchange a round: fwdllm.pacing must be "fixed"')
+    if options.pacing != "fixed" and options.directions < 2 and config.cohort < 2:
+        raise ConfigError("fwdllm.pacing compares two halves: ask for at least 2 directions or 2 clients")
+
+
+def _decay(schedule: str, progress: float) -> float:
+    if schedule == "cosine":
+        # A polynomial in place of libm's cosine, whose last bit differs between machines: 1 - 3 t^2 + 2 t^3
+        # stays within 0.011 of (1 + cos(pi t)) / 2.
+        return 1.0 - progress * progress * (3.0 - 2.0 * progress)
+    return 1.0 - progress if schedule == "linear" else 1.0
+
+
+def _entries(tensors: Tensors) -> int:
+    return sum(t.numel() for t in tensors.values())
+
+
+def _norm(flat: np.ndarray) -> float:
+    """Return the L2 norm; the sum is exactly rounded, so that every machine gets the same."""
+    return math.sqrt(math.fsum((flat * flat).tolist()))
+
+
+def _tensors_norm(tensors: Tensors) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+
+
+def _shaped(flat: np.ndarray, like: Tensors) -> Tensors:
+    """Cut a flat vector in name order into float32 tensors of the given shapes."""
+    out: Tensors = {}
+    start = 0
+    for name in sorted(like):
+        end = start + like[name].numel()
+        out[name] = torch.from_numpy(flat[start:end].astype(np.float32)).reshape(like[name].shape)
+        start = end
+    return out
+
+
+def _with_head(tensors: Tensors, values: bytes) -> Tensors:
+    """Put a closed-form head in place."""
+    shapes = tensors[_WEIGHT].shape, tensors[_BIAS].shape
+    if len(values) != 4 * (shapes[0].numel() + shapes[1].numel()):
+        raise WireError(
+            f"a head of {len(values)} bytes does not fit {tuple(shapes[0])} and {tuple(shapes[1])}"
+        )
+    flat = torch.from_numpy(np.frombuffer(values, dtype="<f4").astype(np.float32))
+    weight, bias = torch.split(flat, [shapes[0].numel(), shapes[1].numel()])
+    return {**tensors, _WEIGHT: weight.reshape(shapes[0]), _BIAS: bias.reshape(shapes[1])}
+
+
+def _dtype(stack: Stack) -> torch.dtype:
+    return next(stack.layers[0].parameters()).dtype
