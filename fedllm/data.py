@@ -122,13 +122,15 @@ class Tokens:
         return Batch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), torch.from_numpy(labels))
 
 
-def load(config: DataConfig, task: str) -> Corpus:
+def load(config: DataConfig, task: str, labels: tuple[str, ...] | None = None) -> Corpus:
     """Read the configured texts.
 
     Args:
         config: where they are and what their columns are called.
         task: ``classification`` needs a label on every row; ``causal`` takes labels only if they are there,
             and then for the partition.
+        labels: class names of the whole federation, in the order of their numbers, where the texts are one
+            client's own and may lack some classes; otherwise the classes found here are numbered.
 
     Raises:
         DataError: a column is missing or a row is not readable; names file, line and what would be right.
@@ -168,7 +170,7 @@ def load(config: DataConfig, task: str) -> Corpus:
         return Corpus(texts, None, (), groups or None)
     if len(raw) != len(texts):
         raise DataError(f"column {config.label!r} (data.label) is on some rows only")
-    numbers, names = _numbered(raw)
+    numbers, names = _numbered(raw) if labels is None else (_known(raw, labels), labels)
     return Corpus(texts, numbers, names, groups or None)
 
 
@@ -326,6 +328,13 @@ def _numbered(raw: list[str | int]) -> tuple[Indices, tuple[str, ...]]:
         raise DataError(f"the label column holds fractions such as {distinct[0]}; classes are wanted")
     place = {value: number for number, value in enumerate(distinct)}
     return np.array([place[value] for value in raw], dtype=np.int64), tuple(map(str, distinct))
+
+
+def _known(raw: list[str | int], names: tuple[str, ...]) -> Indices:
+    place = {name: number for number, name in enumerate(names)}
+    if strange := sorted({str(value) for value in raw} - place.keys()):
+        raise DataError(f"label {strange[0]!r} is none of the federation's classes: {', '.join(names)}")
+    return np.array([place[str(value)] for value in raw], dtype=np.int64)
 
 
 def _is_fraction(value: str | int) -> bool:

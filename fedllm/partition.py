@@ -62,41 +62,48 @@ def by_label(labels: Indices, config: DataConfig, clients: int, seed: int) -> li
     Raises:
         DataError: a client would be left with nothing; says which settings to change.
     """
+    held = len(np.unique(labels))
+    if config.partition == "pathological" and config.classes_per_client > held:
+        raise DataError(
+            f"data.classes_per_client = {config.classes_per_client} exceeds the {held} classes of the data"
+        )
     import datasets
-    from flwr_datasets import partitioner
 
-    number = derive(seed, "partition") % 2**32
-    chosen: Any
-    if config.partition == "dirichlet":
-        cure = (
-            f'raise data.alpha = {config.alpha:g}, lower clients = {clients}, or take data.partition = "iid"'
-        )
-        # Below ten texts a client hardly trains; where there is no room for ten, one must do.
-        least = max(1, min(10, len(labels) // (4 * clients)))
-        chosen = partitioner.DirichletPartitioner(
-            clients, "label", config.alpha, min_partition_size=least, self_balancing=False, seed=number
-        )
-    else:
-        cure = f"lower clients = {clients} or change data.classes_per_client = {config.classes_per_client}"
-        chosen = partitioner.PathologicalPartitioner(
-            clients, "label", config.classes_per_client, "first-deterministic", seed=number
-        )
-    chosen.dataset = datasets.Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
+    partitioner = _partitioner(config, len(labels), clients, derive(seed, "partition") % 2**32)
+    partitioner.dataset = datasets.Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parts = [
-                np.sort(np.asarray(chosen.load_partition(k)["index"], dtype=np.int64)) for k in range(clients)
-            ]
-    except ValueError as error:
+            rows = [partitioner.load_partition(client)["index"] for client in range(clients)]
+    except ValueError:
+        rows = [[]]
+    if not all(len(part) for part in rows):
+        cures = {
+            "dirichlet": f'raise data.alpha = {config.alpha:g}, or take data.partition = "iid"',
+            "pathological": f"change data.classes_per_client = {config.classes_per_client}",
+        }
         raise DataError(
-            f'data.partition = "{config.partition}" leaves a client without enough texts; {cure}'
-        ) from error
-    if empty := [k for k, part in enumerate(parts) if not len(part)]:
-        raise DataError(
-            f'data.partition = "{config.partition}" leaves client {empty[0]} without a text; {cure}'
+            f'data.partition = "{config.partition}" leaves a client without enough texts; '
+            f"lower clients = {clients}, {cures[config.partition]}"
         )
+    parts: list[Indices] = [np.sort(np.asarray(part, dtype=np.int64)) for part in rows]
+    if unused := len(labels) - sum(len(part) for part in parts):
+        logger.warning("%d texts are of classes that no client holds; they are not trained on", unused)
     return parts
+
+
+def _partitioner(config: DataConfig, texts: int, clients: int, seed: int) -> Any:
+    from flwr_datasets import partitioner
+
+    if config.partition == "pathological":
+        return partitioner.PathologicalPartitioner(
+            clients, "label", config.classes_per_client, "first-deterministic", seed=seed
+        )
+    # Below ten texts a client hardly trains; where there is no room for ten, fewer must do.
+    least = max(1, min(10, texts // (4 * clients)))
+    return partitioner.DirichletPartitioner(
+        clients, "label", config.alpha, min_partition_size=least, self_balancing=False, seed=seed
+    )
 
 
 def table(parts: list[Indices], labels: Indices | None, classes: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -62,6 +62,16 @@ def test_whole_number_labels_are_ordered_by_value(tmp_path: Path) -> None:
     assert corpus.labels.tolist() == [1, 0, 1]
 
 
+def test_one_clients_own_texts_are_numbered_by_the_federations_classes(tmp_path: Path) -> None:
+    config = write(tmp_path, "own.jsonl", jsonl([{"body": "t", "topic": "y"}, {"body": "u", "topic": "z"}]))
+    corpus = load(config, "classification", labels=("x", "y", "z"))
+    assert corpus.label_names == ("x", "y", "z")
+    assert corpus.labels is not None
+    assert corpus.labels.tolist() == [1, 2]
+    with pytest.raises(DataError, match="label 'y' is none of the federation's classes: x, z"):
+        load(config, "classification", labels=("x", "z"))
+
+
 def test_class_folders_decode_latin1_where_it_is_not_utf8(tmp_path: Path) -> None:
     for name, raw in {"pay/1.txt": b"\xa315", "pay/2.txt": b"\xc2\xa316", "war/1.txt": b"x"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

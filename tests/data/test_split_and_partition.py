@@ -124,6 +124,14 @@ def test_pathological_gives_each_client_its_number_of_classes() -> None:
     assert ((counts > 0).sum(axis=1) == 2).all()
 
 
+def test_classes_that_no_client_holds_are_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    settings = config(partition="pathological", classes_per_client=1)
+    with caplog.at_level(logging.WARNING):
+        parts = partition(corpus([10, 10, 10, 7]), settings, 3, 0)
+    assert sum(len(part) for part in parts) == 30
+    assert "7 texts are of classes that no client holds" in caplog.text
+
+
 def test_dirichlet_gets_more_even_as_alpha_grows() -> None:
     train = corpus([400, 400, 400])
     skew = []
@@ -150,7 +158,7 @@ def test_natural_agrees_with_flwr_datasets() -> None:
     ("settings", "clients", "words"),
     [
         ({"partition": "dirichlet", "alpha": 0.01}, 20, ["data.alpha = 0.01", "clients = 20", "iid"]),
-        ({"partition": "pathological", "classes_per_client": 9}, 3, ["data.classes_per_client = 9"]),
+        ({"partition": "pathological", "classes_per_client": 9}, 3, ["classes_per_client = 9", "2 classes"]),
         (
             {"partition": "natural", "by": "who"},
             3,

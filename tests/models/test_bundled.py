@@ -77,4 +77,4 @@ def test_smollm2_from_the_cache_is_the_gguf_model(
         theirs = stock(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
     torch.testing.assert_close(ours.loss, theirs.loss)
     tokens = tokenise(news[1].subset(range(16)), model.tokenizer, 32, "causal")
-    assert 5 < evaluate(model, tokens, 16)["perplexity"] < 60
+    assert 5 < evaluate(model, tokens, 16)["perplexity"] < 150
