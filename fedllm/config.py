@@ -82,6 +82,8 @@ class DataConfig(Section):
     """Dirichlet concentration: smaller is more skewed."""
     classes_per_client: int = Field(default=2, ge=1)
     """Classes that each client holds under ``pathological``."""
+    part: tuple[int, int] | None = None
+    """(k, n): the only client holds what client k of n would hold; the baseline without a federation."""
     by: str | None = None
     """Identity column of the ``natural`` partition."""
 
@@ -227,6 +229,10 @@ class RunConfig(Section):
         require(
             self.quorum <= self.cohort,
             f"server.quorum = {server.quorum} can never be reached with {self.cohort} clients per round",
+        )
+        require(
+            data.part is None or (self.clients == 1 and 0 <= data.part[0] < data.part[1]),
+            f"data.part = {data.part} needs clients = 1 and a client k from 0 to n - 1",
         )
         require(
             data.partition != "natural" or data.by is not None,

@@ -33,18 +33,20 @@ def conduct(grid: Grid, config: RunConfig, folder: Path) -> dict[str, Any]:
     Raises:
         FedllmError: what ended the run; it is also the summary's last event.
     """
+    workshop = open_workshop(config.to_json())
+    workshop.prepare()
     begun = (folder / FILE).is_file()
     saved = checkpoint.latest(folder / "checkpoints") if begun else None
     with RunStore.open(folder) if begun else RunStore.create(folder, config, provenance()) as store:
         store.truncate(saved.number if saved else -1)
         try:
-            engine = _prepare(config, store)
+            engine = _compose(workshop, store)
             if saved is not None:
                 engine.restore(saved)
             engine.start(grid)
             if not engine.finished:
                 return store.finish("stopped", reason="the operator asked to stop")
-            _write_result(engine, open_workshop(config.to_json()), folder)
+            _write_result(engine, workshop)
         except KeyboardInterrupt:
             store.finish("stopped", reason="interrupted")
             raise
@@ -54,17 +56,12 @@ def conduct(grid: Grid, config: RunConfig, folder: Path) -> dict[str, Any]:
         return store.finish("finished")
 
 
-def _prepare(config: RunConfig, store: RunStore) -> Engine:
-    """Load data and model, and compose the engine."""
-    workshop = open_workshop(config.to_json())
-    store.phase("loading data")
+def _compose(workshop: Workshop, store: RunStore) -> Engine:
+    """Note who holds what, and put the engine together."""
+    config = workshop.config
     train, _ = workshop.split
-    store.partition(
-        [part.tolist() for part in workshop.partition],
-        None if train.labels is None else train.labels.tolist(),
-        train.label_names,
-    )
-    store.phase("loading model")
+    labels = None if train.labels is None else train.labels.tolist()
+    store.partition([part.tolist() for part in workshop.partition], labels, train.label_names)
     reference = 4 * workshop.method.reference_parameters(workshop.model)
     evaluates = config.evaluation.every > 0
 
@@ -84,7 +81,9 @@ def _prepare(config: RunConfig, store: RunStore) -> Engine:
     return engine
 
 
-def _write_result(engine: Engine, workshop: Workshop, folder: Path) -> None:
+def _write_result(engine: Engine, workshop: Workshop) -> None:
+    folder = engine.store.folder
     for name in ("adapter", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    engine.store.phase("saving")
     workshop.method.save(workshop.model, engine.state.tensors, folder)

@@ -6,18 +6,20 @@ torch with it, is imported only once the method is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from fedllm.config import RunConfig, resolve
 from fedllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from strategies.base import Method
 
-__all__ = ["load_method", "method_names", "method_options"]
+__all__ = ["load_method", "method_names", "method_options", "resolve_run"]
 
 
 def method_names() -> list[str]:
@@ -41,3 +43,18 @@ def load_method(name: str) -> type[Method]:
 def method_options(name: str) -> type[BaseModel]:
     """Return the options model of a method, for :func:`fedllm.config.resolve`."""
     return load_method(name).Options
+
+
+def resolve_run(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Resolve a configuration and let its method and codecs object to combinations only they can judge.
+
+    Raises:
+        ConfigError: names what was given and what is allowed.
+    """
+    from fedllm.codecs import parse
+
+    config = resolve(document, overrides, methods=method_names(), options=method_options)
+    load_method(config.method)(config)
+    for direction in ("up", "down"):
+        parse(getattr(config.codec, direction))
+    return config

