@@ -250,7 +250,7 @@ class RunStore:
             wire_down=self._wire[1],
         )
 
-    def event(self, kind: str, message: str, *, round: int | None = None, **fields: Any) -> None:
+    def event(self, kind: str, message: str, /, *, round: int | None = None, **fields: Any) -> None:
         """Add a line to the run's log."""
         with self._writing() as connection:
             insert(
@@ -259,7 +259,7 @@ class RunStore:
                 [Event(at=time.time(), kind=kind, message=message, round=round, fields=fields)],
             )
 
-    def phase(self, name: str, **fields: Any) -> None:
+    def phase(self, name: str, /, **fields: Any) -> None:
         """Say what the run is doing right now, such as ``phase("waiting", round=3, have=3, need=5)``."""
         with self._writing():
             self._set_meta(phase={"name": name, "at": time.time(), **fields})
