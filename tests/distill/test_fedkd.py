@@ -160,6 +160,8 @@ def test_a_killed_client_goes_on_with_its_own_teacher(start: Start, tmp_path: Pa
     resumed = start().fit(local=load_file(tmp_path / "local.safetensors"), round=2)
     assert fingerprint(resumed.local) == fingerprint(uninterrupted.local)
     assert fingerprint(resumed.tensors) == fingerprint(uninterrupted.tensors)
+    anew = start().fit(round=2)
+    assert fingerprint(_part(resumed.local, "teacher/")) != fingerprint(_part(anew.local, "teacher/"))
 
 
 def test_moments_carry_over_between_rounds(start: Start) -> None:
