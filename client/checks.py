@@ -236,19 +236,24 @@ def _registered(bundle: Bundle, key: ec.EllipticCurvePrivateKey) -> Finding:
     ]
     try:
         with FleetHttpClient.from_server_address(
-            bundle.server, False, str(bundle.authority), interceptors
+            bundle.server, False, bundle.authority.read_bytes(), interceptors
         ) as client:
             client.ActivateNode(request)
     except httpx.HTTPStatusError as error:
         refusal = FlowerError.from_json(error.response.text)
-        if refusal is not None and refusal.code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+        code = None if refusal is None else refusal.code
+        if code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
             return Finding("key", True, f"the server knows node {bundle.node}")
-        if error.response.status_code == httpx.codes.UNAUTHORIZED:
-            return Finding("key", False, "the server refuses the signature; see clock")
+        if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+            mend = (
+                f"the server does not know this key: node {bundle.node} was revoked, or never belonged to it"
+            )
+            return Finding("key", False, mend)
+        mend = f"the server answers with status {error.response.status_code}; is it a fedllm server?"
+        return Finding("key", False, mend)
     except httpx.HTTPError as error:
         return Finding("key", False, f"the server did not say whether it knows this key ({error}); try again")
-    mend = f"the server does not know this key: node {bundle.node} was revoked, or never belonged to it"
-    return Finding("key", False, mend)
+    return Finding("key", True, f"the server knows node {bundle.node}")
 
 
 def _disk(state: Path) -> Finding:

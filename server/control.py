@@ -7,6 +7,7 @@ home; the same requests from here take milliseconds and leave that configuration
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import NamedTuple, Self
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -32,7 +34,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedllm.errors import FedllmError
 
-__all__ = ["Control", "Node", "Run", "read_public_key"]
+__all__ = ["Control", "Node", "Run", "build_bundle", "read_public_key"]
 
 
 class Node(NamedTuple):
@@ -146,6 +148,15 @@ class Control:
         """Stream what the run's ServerApp prints, until the run ends."""
         for part in self._client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=0.0)):
             yield part.log_output
+
+
+def build_bundle(files: Mapping[str, bytes]) -> bytes:
+    """Build a Flower app bundle of files by their path in it; one of them is ``pyproject.toml``."""
+    with warnings.catch_warnings():
+        # Flower's own use of pathspec, which only Flower can mend.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        bundle, _ = build_fab_from_files(dict(files))
+    return bundle
 
 
 def read_public_key(path: Path) -> bytes:

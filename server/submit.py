@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tomli_w
-from flwr.cli.build import build_fab_from_files
 
 from fedllm.config import RunConfig
 from fedllm.durable import replace_file, to_json
@@ -22,7 +21,7 @@ from fedllm.errors import ConfigError, RunFailed
 from fedllm.run_database import FILE
 from fedllm.runs import Run as StoredRun
 from fedllm.store import RunStore
-from server.control import Control, Run
+from server.control import Control, Run, build_bundle
 
 __all__ = ["Submitted", "find", "follow", "resume", "stop", "submit"]
 
@@ -128,8 +127,7 @@ def app_bundle() -> bytes:
     }
     project = {"name": "fedllm", "version": version("fedllm"), "license": "Apache-2.0"}
     document = tomli_w.dumps({"project": project, "tool": {"flwr": {"app": flower}}})
-    bundle, _ = build_fab_from_files({"pyproject.toml": document.encode()})
-    return bundle
+    return build_bundle({"pyproject.toml": document.encode()})
 
 
 def _start(federation: Path, control: Control, config: RunConfig, folder: Path) -> Submitted:

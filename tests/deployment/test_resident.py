@@ -19,6 +19,8 @@ from client.resident import WorkerError, ask, healthy
 from client.watch import Kept
 from fedllm.processes import Child, open_log
 
+pytestmark = pytest.mark.slow
+
 MEMORY = 600_000_000
 
 
