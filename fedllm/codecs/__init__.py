@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 from fedllm.codecs.base import Codec, CodecContext, FramedCodec
+from fedllm.codecs.catalogue import catalogue
 from fedllm.codecs.compose import chain
+from fedllm.codecs.measure import Measurement, measure
 from fedllm.codecs.parse import parse
 
-__all__ = ["Codec", "CodecContext", "FramedCodec", "chain", "parse"]
+__all__ = ["Codec", "CodecContext", "FramedCodec", "Measurement", "catalogue", "chain", "measure", "parse"]

@@ -1,8 +1,8 @@
 """What an update codec is, and the frame that every message of every codec travels in.
 
-A message is ``version (1 byte) | codec id (4) | CRC-32 of the rest (4) | body``. The codec id is a hash of the
-codec's canonical text, so two sides that are configured differently find out before they decode. Only the body
-differs between codecs; a body never states how large the decoded tensors are, because the receiver's own
+A message is ``version (1 byte) | codec id (4) | CRC-32 of id and body (4) | body``. The codec id is a hash of
+the codec's canonical text, so two sides that are configured differently find out before they decode. Only the
+body differs between codecs; it never states how large the decoded tensors are, because the receiver's own
 :data:`~fedllm.tensors.Spec` says so and bounds every allocation.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
 VERSION = 1
 _HEADER = struct.Struct("<BII")
 HEADER_BYTES = _HEADER.size + 1
-"""Bytes a message may exceed the uncompressed tensors by: the frame, and one that says how the body is coded."""
+"""What a message may exceed the uncompressed tensors by: the frame, and a byte that says if it is coded."""
 
 Buffer = bytes | memoryview
 
@@ -65,8 +65,15 @@ class Codec(Protocol):
         unbiased: the expectation of ``decode(encode(x))`` over seeds is ``x``.
     """
 
-    linear: bool
-    unbiased: bool
+    @property
+    def linear(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def unbiased(self) -> bool:
+        """See above."""
+        ...
 
     def encode(self, tensors: Tensors, state: Tensors, context: CodecContext) -> tuple[bytes, Tensors]:
         """Return the payload and the sender's next state (residuals; empty for stateless codecs)."""
@@ -108,17 +115,27 @@ class Reader:
 
 
 class FramedCodec(ABC):
-    """A codec whose subclasses write and read bodies; the frame and the checks around it are the same for all.
+    """A codec whose subclasses write and read bodies; frame and checks are the same for all."""
 
-    Attributes:
-        contractive: ``|x - decode(encode(x))| < |x|`` in expectation, which error feedback needs to converge.
-        stateful: residuals or estimates are carried from message to message.
-    """
+    @property
+    def linear(self) -> bool:
+        """For a fixed context, decoding is additive."""
+        return False
 
-    linear: bool = False
-    unbiased: bool = False
-    contractive: bool = False
-    stateful: bool = False
+    @property
+    def unbiased(self) -> bool:
+        """The expectation of what is decoded is what was encoded."""
+        return False
+
+    @property
+    def contractive(self) -> bool:
+        """``|x - decode(encode(x))| <= |x|`` in expectation, which error feedback needs to converge."""
+        return False
+
+    @property
+    def stateful(self) -> bool:
+        """Residuals or estimates are carried from message to message."""
+        return False
 
     @abstractmethod
     def __str__(self) -> str:
@@ -137,7 +154,7 @@ class FramedCodec(ABC):
         """Read one body; return tensors of exactly ``spec`` and the receiver's next state."""
 
     def contracted(self) -> FramedCodec:
-        """Return the variant with the smallest error for error feedback to wrap; by default the codec itself."""
+        """Return the variant with the smallest error, which error feedback uses; by default itself."""
         return self
 
     def encode(self, tensors: Tensors, state: Tensors, context: CodecContext) -> tuple[bytes, Tensors]:
@@ -188,6 +205,9 @@ class Dense(FramedCodec):
     """
 
     name = "none"
+    example = "none"
+    rate = "of the tensors' dtype"
+    cost = "one copy"
     linear = True
     unbiased = True
     contractive = True
@@ -198,11 +218,13 @@ class Dense(FramedCodec):
     def write(
         self, tensors: Tensors, state: Tensors, context: CodecContext
     ) -> tuple[Sequence[Buffer], Tensors]:
+        """Return raw values."""
         return [pack(tensors)], state
 
     def read(
         self, reader: Reader, spec: Spec, state: Tensors, context: CodecContext
     ) -> tuple[Tensors, Tensors]:
+        """Return the values."""
         return unpack(reader.take(dense_bytes(spec), "dense"), spec), state
 
 

@@ -1,8 +1,8 @@
 """Packing of small integer codes into bytes: a 4-bit code is 4 bits on the wire.
 
-Codes of a width that does not divide eight are split into bit fields that do (5 = 4 + 1). A field is packed by
-planes - code ``i`` shares its byte with codes ``i + n``, ``i + 2n``, ... - so that every operation runs over
-contiguous memory.
+Codes of a width that does not divide eight are split into bit fields that do (5 = 4 + 1). A field is packed
+by planes - code ``i`` shares its byte with codes ``i + n``, ``i + 2n``, ... - so that every operation runs
+over contiguous memory.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ def pack_codes(codes: Codes, bits: int) -> bytes | memoryview:
     """
     if bits == 8:
         return codes.data
+    if bits in (1, 2, 4):
+        return _pack_field(codes, bits)
     parts, shift = [], 0
     for field in _fields(bits):
-        parts.append(_pack_field(codes >> shift & (1 << field) - 1 if field != bits else codes, field))
+        parts.append(_pack_field(codes >> np.uint8(shift) & np.uint8((1 << field) - 1), field))
         shift += field
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -51,15 +53,16 @@ def unpack_codes(data: bytes | memoryview, count: int, bits: int) -> Codes:
     raw = np.frombuffer(data, np.uint8)
     if bits == 8:
         return raw
-    codes: Codes | None = None
+    if bits in (1, 2, 4):
+        return _unpack_field(raw, bits)[:count]
+    codes = np.zeros(count, np.uint8)
     shift = start = 0
     for field in _fields(bits):
         size = -(-count * field // 8)
         part = _unpack_field(raw[start : start + size], field)[:count]
-        codes = part if codes is None else codes | part << shift
+        codes |= part << np.uint8(shift)
         shift += field
         start += size
-    assert codes is not None
     return codes
 
 

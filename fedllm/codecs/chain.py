@@ -7,9 +7,9 @@ Four kinds of piece, always in this order, so that one line of text can spell an
     quantizer   rows -> codes       quantize, sign, nf4, cast, or the floats as they are
     coder       codes -> bytes      entropy, or plain packing
 
-``Rows`` are float32 matrices; a quantizer never lets two rows share a scale. Every piece can tell the shapes of
-what it makes from the shapes of what it takes and its own few bytes of side information: that is how a receiver
-knows each size before it allocates.
+``Rows`` are float32 matrices; a quantizer never lets two rows share a scale. Every piece can tell the shapes
+of what it makes from the shapes of what it takes and its own few bytes of side information: that is how a
+receiver knows each size before it allocates.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ __all__ = [
     "Rows",
     "Shapes",
     "Transform",
+    "cut",
     "generator",
+    "raw_words",
     "spell",
 ]
 
@@ -139,15 +141,18 @@ class Chain(FramedCodec):
         return (self.layout, *self.transforms, self.quantizer)
 
     @property
-    def linear(self) -> bool:  # type: ignore[override]  # derived from the pieces, read-only by design
+    def linear(self) -> bool:
+        """All pieces are."""
         return all(piece.linear for piece in self._pieces)
 
     @property
-    def unbiased(self) -> bool:  # type: ignore[override]  # as above
+    def unbiased(self) -> bool:
+        """All pieces are."""
         return all(piece.unbiased for piece in self._pieces)
 
     @property
-    def contractive(self) -> bool:  # type: ignore[override]  # as above
+    def contractive(self) -> bool:
+        """All pieces are."""
         return all(piece.contractive for piece in self._pieces)
 
     def contracted(self) -> Chain:
@@ -199,6 +204,17 @@ class Chain(FramedCodec):
 def generator(context: CodecContext, purpose: str) -> np.random.Generator:
     """Return the generator that sender and receiver of one message share for one purpose."""
     return stream(context.seed, *context.path, purpose)
+
+
+def cut(values: Array, shapes: Shapes) -> Rows:
+    """View one long vector as rows of ``shapes``."""
+    ends = np.cumsum([height * width for height, width in shapes])
+    return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
+
+
+def raw_words(random: np.random.Generator, count: int) -> npt.NDArray[np.uint64]:
+    """Return uniform 64-bit words; unlike numpy's distributions, they are the same in all its releases."""
+    return np.asarray(random.bit_generator.random_raw(count), "<u8")
 
 
 def spell(stage: Any) -> str:

@@ -19,7 +19,7 @@ from fedllm.tensors import Spec, Tensors, spec_of
 __all__ = ["Concatenate"]
 
 SMALL = 256
-"""Tensors of fewer values share one row: a 4-byte scale of their own would cost more than an eighth of a bit."""
+"""Tensors of fewer values share one row: a scale of their own would cost more than an eighth of a bit."""
 
 STACKED = 1 << 16
 """Tensors of more values are rows by themselves, so that nothing large is copied."""

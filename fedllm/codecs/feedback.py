@@ -45,7 +45,7 @@ class Feedback(FramedCodec):
 
 @dataclass(frozen=True)
 class ErrorFeedback(Feedback):
-    """``error_feedback``: send C(x + e), keep e' = x + e - C(x + e) (Seide et al. 2014; Karimireddy et al. 2019).
+    """``error_feedback``: send C(x + e), keep e' = x + e - C(x + e) (Karimireddy et al., ICML 2019).
 
     The sum of all decoded messages plus the last residual is the sum of all inputs.
 
@@ -55,6 +55,9 @@ class ErrorFeedback(Feedback):
 
     inner: FramedCodec
     name = "error_feedback"
+    example = "error_feedback(rotate | quantize(bits=1))"
+    rate = "of the codec inside"
+    cost = "encoding and decoding of the codec inside"
 
     def write(
         self, tensors: Tensors, state: Tensors, context: CodecContext
@@ -76,7 +79,7 @@ class ErrorFeedback(Feedback):
 
 @dataclass(frozen=True)
 class EF21(Feedback):
-    """``ef21``: both sides keep an estimate g, the sender sends C(x - g), both add what arrives (Richtarik 2021).
+    """``ef21``: both sides keep an estimate g and add C(x - g) to it (Richtarik et al., NeurIPS 2021).
 
     What is decoded is the new estimate itself, so the receiver has a state too, one per sender.
 
@@ -86,6 +89,9 @@ class EF21(Feedback):
 
     inner: FramedCodec
     name = "ef21"
+    example = "ef21(top_k(fraction=0.01) | quantize(bits=8))"
+    rate = "of the codec inside"
+    cost = "encoding and decoding of the codec inside"
 
     def write(
         self, tensors: Tensors, state: Tensors, context: CodecContext

@@ -1,6 +1,6 @@
 """Low-rank layout: a matrix travels as two thin factors where they are smaller.
 
-FedKD's dynamic gradient approximation (Wu et al., Nature Communications 2022, eqs. 9-11): keep the fewest
+FedKD's dynamic gradient approximation (Wu et al., Nature Communications 2022): keep the fewest
 singular values that hold a share T of the squared norm, with T rising over the run.
 """
 
@@ -49,6 +49,9 @@ class LowRank:
     method: str = "svd"
 
     name = "low_rank"
+    example = "low_rank(energy=0.95) | quantize(bits=8)"
+    rate = "bits k (m + n) / (m n)"
+    cost = "svd: O(m n min(m, n)); power: O(m n k)"
     kind = "layout"
 
     linear = False
@@ -123,12 +126,12 @@ class LowRank:
         bound = largest_rank(*matrix.shape)
         if not bound:
             return None
-        if self.method == "power":
-            return self._power(matrix, bound, context, name)
         try:
+            if self.method == "power":
+                return self._power(matrix, bound, context, name)
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        except torch.linalg.LinAlgError:
-            return None
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch has it, its stubs do not say so
+            return None  # did not converge: the matrix goes as it is
         return self._truncated(u, s, vh, bound, context.progress, s.double().square().sum().item())
 
     def _truncated(
@@ -194,7 +197,7 @@ def one_thread() -> Iterator[None]:
 def _subspace(matrix: torch.Tensor, width: int, random: np.random.Generator) -> torch.Tensor:
     """Return an orthonormal basis [m, width] of nearly the leading left singular vectors."""
     start = torch.from_numpy(random.standard_normal((matrix.shape[1], width), np.float32))
-    basis = torch.linalg.qr(matrix @ start)[0]
+    basis: torch.Tensor = torch.linalg.qr(matrix @ start)[0]
     for _ in range(2):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
     return basis

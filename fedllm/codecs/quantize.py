@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from fedllm.codecs.base import Buffer, CodecContext, Reader
 from fedllm.codecs.bits import Codes
-from fedllm.codecs.chain import Array, Coder, Rows, Shapes, generator
+from fedllm.codecs.chain import Array, Coder, Rows, Shapes, generator, raw_words
 from fedllm.errors import CodecError, ConfigError
 
 __all__ = ["BlockQuantizer", "Float32", "Quantize", "Sign", "blocks", "chunks", "dither", "floats"]
@@ -65,7 +65,7 @@ class BlockQuantizer(ABC):
     def quantize(self, x: Array, bits: int, random: np.random.Generator, out: Codes, scratch: Array) -> Array:
         """Write the codes of blocks ``x`` [n, d] to ``out`` [n, d] and return their scales [n].
 
-        ``scratch`` [n, d] is free to use: memory that was just touched is many times faster than fresh memory.
+        ``scratch`` [n, d] is free to use: memory just touched is many times faster than fresh memory.
         """
 
     @abstractmethod
@@ -134,6 +134,9 @@ class Quantize(BlockQuantizer):
     stochastic: bool = False
 
     name = "quantize"
+    example = "quantize(bits=4)"
+    rate = "bits + 32/block"
+    cost = "O(n)"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -167,7 +170,8 @@ class Quantize(BlockQuantizer):
             np.rint(y, out=y)
         y += half
         np.copyto(out, np.clip(y, 0, 2 * half, out=y), casting="unsafe")
-        return largest / half
+        steps: Array = largest / half
+        return steps
 
     def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
         """See :meth:`BlockQuantizer.dequantize`."""
@@ -190,6 +194,9 @@ class Sign(BlockQuantizer):
     block: int = 4096
 
     name = "sign"
+    example = "sign"
+    rate = "1 + 32/block"
+    cost = "O(n)"
     bits = 1
     unbiased = False
     contractive = True
@@ -210,9 +217,19 @@ STAGES = (Quantize, Sign)
 
 
 def signs(x: Array, out: Codes, scratch: Array) -> Array:
-    """Code the signs of blocks [n, d]; levels are plus and minus half a scale, which is twice the mean magnitude."""
+    """Code the signs of blocks [n, d]; levels are plus and minus half a scale, twice the mean magnitude."""
     np.greater_equal(x, 0, out=out.view(np.bool_))
-    return 2 * np.abs(x, out=scratch).mean(axis=1)
+    means: Array = np.abs(x, out=scratch).mean(axis=1)
+    return 2 * means
+
+
+def nearest(x: Array, bounds: npt.NDArray[Any], scales: Array, out: Codes) -> None:
+    """Write the index of the level nearest to x / scale: the number of bounds that x reaches."""
+    reached = np.empty(x.shape, np.bool_)
+    out[...] = 0
+    for bound in bounds:
+        np.greater_equal(x, (bound * scales)[:, None], out=reached)
+        out += reached.view(np.uint8)
 
 
 def blocks(matrix: Array, block: int) -> list[Array]:
@@ -238,7 +255,7 @@ def chunks(x: Array, values: int = CHUNK) -> Iterator[slice]:
 
 def rows_of_chunk(x: Array, values: int = CHUNK) -> int:
     """Return how many rows of ``x`` hold about ``values``, at least one."""
-    return max(1, values // x.shape[1])
+    return max(1, values // int(x.shape[1]))
 
 
 def floats(reader: Reader, count: int, part: str) -> Array:
@@ -255,7 +272,7 @@ def require_block(name: str, block: int) -> None:
 def dither(random: np.random.Generator, shape: tuple[int, ...]) -> Array:
     """Draw uniform values in (0, 1), 16 bits each."""
     count = int(np.prod(shape))
-    words = np.asarray(random.bit_generator.random_raw(-(-count // 4)), "<u8").view("<u2")[:count]
+    words = raw_words(random, -(-count // 4)).view("<u2")[:count]
     values = words.astype(np.float32)
     values += np.float32(0.5)
     values *= np.float32(2**-16)

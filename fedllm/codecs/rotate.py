@@ -1,8 +1,9 @@
 """Randomised Hadamard rotation, and the quantizer that knows what rotated values look like.
 
-After x -> H D x (D random signs, H the orthonormal Hadamard matrix) the values of a block are close to Gaussian
-whatever ``x`` was, so one fixed grid suits every block. EDEN (Vargaftik et al., ICML 2022) adds the scale that
-makes the decoded vector unbiased.
+After x -> H D x (D random signs, H the orthonormal Hadamard matrix) the values of a block are close to
+Gaussian, so one fixed grid suits every block. EDEN (Vargaftik et al., ICML 2022) adds the scale that makes
+the decoded vector unbiased. Both hold for blocks with many non-zero values; a block of two or three is not spread
+enough, and its decoded values lean to the largest.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 
 from fedllm.codecs.base import CodecContext, Reader
 from fedllm.codecs.bits import Codes
-from fedllm.codecs.chain import Array, Rows, Shapes, generator
-from fedllm.codecs.quantize import BlockQuantizer, chunks, rows_of_chunk
+from fedllm.codecs.chain import Array, Rows, Shapes, generator, raw_words
+from fedllm.codecs.quantize import BlockQuantizer, chunks, nearest, rows_of_chunk
 from fedllm.errors import ConfigError
 
 __all__ = ["Eden", "Rotate", "hadamard"]
@@ -48,8 +49,8 @@ CENTROIDS: dict[int, tuple[float, ...]] = {
 class Rotate:
     """``rotate``: orthonormal Hadamard transforms of blocks with random signs.
 
-    Rows of any width are rotated without padding: whole blocks one by one, then a window as wide as the largest
-    power of two that fits, aligned to the row's end, so that the remainder is mixed with what precedes it.
+    Rows of any width are rotated without padding: whole blocks one by one, then a window as wide as the
+    largest power of two that fits, aligned to the row's end, which mixes the remainder with what precedes it.
 
     Attributes:
         block: values per transform, a power of two from 64 to 65536.
@@ -58,6 +59,9 @@ class Rotate:
     block: int = 4096
 
     name = "rotate"
+    example = "rotate | quantize(bits=1)"
+    rate = "of the quantizer"
+    cost = "O(n log block)"
     kind = "transform"
 
     linear = True
@@ -94,7 +98,7 @@ class Rotate:
         whole = width - width % size
         windows = [(0, whole)]
         if whole < width:
-            # The last whole one comes again, or what only the window at the end has touched would not be spread.
+            # The last whole one comes again, or what only the window at the end touched would not be spread.
             windows += [(width - size, width), (whole - size, whole)]
         steps = list(zip(windows, _signs(random, (len(windows), size)), strict=True))
         result = np.empty_like(matrix) if len(steps) == 1 else matrix.copy()
@@ -110,8 +114,8 @@ class Rotate:
 class Eden(BlockQuantizer):
     """``quantize`` or ``sign`` right after ``rotate``: Lloyd-Max grids for N(0, 1) at 1 to 4 bits.
 
-    A block y is coded as the nearest centroids c of y / rms(y) and decoded as S c. With S = |y|^2 / <y, c> the
-    decoded vector is unbiased over rotations (EDEN, theorem 2.1); with S = <y, c> / |c|^2 its error is least:
+    A block y is coded as the nearest centroids c of y / rms(y) and decoded as S c. With S = |y|^2 / <y, c>
+    the decoded vector is unbiased over rotations; with S = <y, c> / |c|^2 its error is least:
     .363 instead of .571 of the squared norm at one bit, which is what error feedback wants.
 
     Attributes:
@@ -140,13 +144,14 @@ class Eden(BlockQuantizer):
             norm = np.full_like(dot, x.shape[1] * grid[1] ** 2)
         else:
             rms = np.sqrt(energy / np.float32(x.shape[1]))
-            _nearest(x, grid, rms, out)
+            nearest(x, (grid[1:] + grid[:-1]) / 2, rms, out)
             np.take(grid, out, out=scratch, mode="clip")
             dot = np.einsum("nd,nd->n", x, scratch)
             norm = np.einsum("nd,nd->n", scratch, scratch)
+        scales: Array = dot / norm
         if self.unbiased:
-            return np.divide(energy, dot, out=np.zeros_like(dot), where=dot > 0)
-        return dot / norm
+            scales = np.divide(energy, dot, out=np.zeros_like(dot), where=dot > 0)
+        return scales
 
     def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
         """See :meth:`BlockQuantizer.dequantize`."""
@@ -158,7 +163,7 @@ STAGES = (Rotate,)
 
 
 def hadamard(x: Array) -> Array:
-    """Multiply every row of ``x`` [n, d] by the Hadamard matrix of +1 and -1 (Sylvester's order), d a power of two.
+    """Multiply every row of ``x`` [n, d] by Sylvester's Hadamard matrix of +1 and -1; d is a power of two.
 
     Nothing but additions and subtractions in a fixed order: the same bits on every machine.
 
@@ -184,7 +189,7 @@ def _hadamard(y: Array, spare: Array, size: int) -> Array:
 
 
 def _columns(y: Array, spare: Array, size: int, inner: int) -> tuple[Array, Array]:
-    """Transform the middle axis of flat ``y``, laid out as [n, size, inner]; returns the result and the other."""
+    """Transform the middle axis of flat ``y``, laid out as [n, size, inner]; returns result and spare."""
     half = 1
     while half < size:
         pairs, sums = y.reshape(-1, 2, half * inner), spare.reshape(-1, 2, half * inner)
@@ -207,24 +212,18 @@ def _transform(x: Array, signs: Array, inverse: bool) -> Array:
     return result
 
 
-def _nearest(x: Array, grid: Array, rms: Array, out: Codes) -> None:
-    """Write the index of the centroid nearest to x / rms: the number of bounds that x reaches."""
-    reached = np.empty(x.shape, np.bool_)
-    out[...] = 0
-    for bound in (grid[1:] + grid[:-1]) / 2:
-        np.greater_equal(x, (bound * rms)[:, None], out=reached)
-        out += reached.view(np.uint8)
-
-
 def _signs(random: np.random.Generator, shape: tuple[int, int]) -> Array:
     """Draw signs over the root of the transform's size [number of windows, size]."""
-    bits = random.integers(0, 2, shape, np.int8).astype(np.float32)
-    return (2 * bits - 1) / np.float32(np.sqrt(shape[1]))
+    count = shape[0] * shape[1]
+    bits = np.unpackbits(raw_words(random, -(-count // 64)).view(np.uint8), count=count, bitorder="little")
+    return (2 * bits.astype(np.float32) - 1).reshape(shape) / np.float32(np.sqrt(shape[1]))
 
 
 def _uniform(random: np.random.Generator, size: int) -> Array:
     """Draw an orthonormal matrix from the uniform distribution (Stewart, SIAM J. Numer. Anal. 1980)."""
-    q, r = np.linalg.qr(random.standard_normal((size, size)))
+    uniform = (raw_words(random, 2 * size * size).reshape(2, size, size) >> np.uint64(11)) * 2.0**-53
+    normal = np.sqrt(-2 * np.log1p(-uniform[0])) * np.cos(2 * np.pi * uniform[1])
+    q, r = np.linalg.qr(normal)
     return (q * np.sign(np.diag(r))).astype(np.float32)
 
 
