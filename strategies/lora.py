@@ -31,24 +31,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from fedllm import models
+from fedllm import lora, models
 from fedllm.accumulator import WeightedSum
 from fedllm.config import RunConfig, Section
 from fedllm.data import Batch
 from fedllm.errors import ConfigError, ModelError
-from fedllm.lora import (
-    Factors,
-    FactorSum,
-    NormSum,
-    align,
-    compact,
-    complete,
-    leading,
-    pairs,
-    stack,
-    truncate,
-    unheld,
-)
 from fedllm.models import Model
 from fedllm.randomness import stream
 from fedllm.tensors import Spec, Tensors, spec_of
@@ -97,7 +84,7 @@ class Round:
 
     number: int
     start: Tensors
-    sum: WeightedSum | FactorSum | NormSum
+    sum: WeightedSum | lora.FactorSum | lora.NormSum
 
 
 class Lora(Method):
@@ -117,14 +104,16 @@ class Lora(Method):
         if self.rule == "fedit":
             return model
         parameters = model.trainable()
-        layers = pairs(parameters)
+        layers = lora.pairs(parameters)
         for layer, (b, a) in layers.items():
             if parameters[a].ndim != 2 or (self.rule in _WITH_BASE and "lora_embedding_" in a):
                 raise ModelError(f'lora.rule = "{self.rule}" cannot aggregate the adapter of {layer}')
             if self.rule == "ffa":
                 parameters[a].requires_grad_(False)
             if self.rule in _WITH_BASE:
-                base = self._bounded(complete(torch.zeros(parameters[b].shape[0], parameters[a].shape[1])))
+                base = self._bounded(
+                    lora.complete(torch.zeros(parameters[b].shape[0], parameters[a].shape[1]))
+                )
                 _carry_base(model.module.get_submodule(layer), base)
         return model
 
@@ -132,7 +121,7 @@ class Lora(Method):
         """Return adapter and head, and for stack and residual the base's factors, whose product is zero."""
         tensors = model.read()
         if self.rule in _WITH_BASE:
-            for layer in pairs(tensors):
+            for layer in lora.pairs(tensors):
                 module: Any = model.module.get_submodule(layer)
                 tensors[layer + _BASE_A] = module.base_A.detach().cpu().clone()
                 tensors[layer + _BASE_B] = module.base_B.detach().cpu().clone()
@@ -144,8 +133,8 @@ class Lora(Method):
             return tensors
         rank = self.rank(tensors, node)
         cut = dict(tensors)
-        for b, a in pairs(tensors).values():
-            factors = leading(Factors(tensors[b], tensors[a]), rank)
+        for b, a in lora.pairs(tensors).values():
+            factors = lora.leading(lora.Factors(tensors[b], tensors[a]), rank)
             cut[b], cut[a] = factors.b.contiguous(), factors.a.contiguous()
         return cut
 
@@ -163,7 +152,7 @@ class Lora(Method):
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
         """Expect changes of the adapter and the head; of one factor only where the other is frozen."""
         trained = {name: t for name, t in tensors.items() if not name.endswith((_BASE_A, _BASE_B))}
-        for b, a in pairs(tensors).values():
+        for b, a in lora.pairs(tensors).values():
             if self.rule == "alternate":
                 del trained[a if exchange.arguments["train"] == "B" else b]
         return spec_of(trained)
@@ -173,9 +162,9 @@ class Lora(Method):
         spec = self.spec(self._exchange(state), state.tensors)
         if self.rule in _AVERAGED:
             return Round(round, state.tensors, WeightedSum(spec))
-        factors = {name for pair in pairs(state.tensors).values() for name in pair}
+        factors = {name for pair in lora.pairs(state.tensors).values() for name in pair}
         plain = sorted(spec if self.rule == "residual" else spec.keys() - factors)
-        kind = NormSum if self.rule == "hetero" else FactorSum
+        kind = lora.NormSum if self.rule == "hetero" else lora.FactorSum
         return Round(round, state.tensors, kind(state.tensors, plain))
 
     def plan(self, state: State, acc: Round) -> Exchange | Commit:
@@ -207,9 +196,9 @@ class Lora(Method):
             return acc
         factors = {}
         for layer, (b, a) in acc.sum.layers.items():
-            change = Factors(reply.tensors[b], reply.tensors[a])
-            held = leading(Factors(acc.start[b], acc.start[a]), change.rank)
-            factors[layer] = Factors(held.b + change.b, held.a + change.a)
+            change = lora.Factors(reply.tensors[b], reply.tensors[a])
+            held = lora.leading(lora.Factors(acc.start[b], acc.start[a]), change.rank)
+            factors[layer] = lora.Factors(held.b + change.b, held.a + change.a)
         plain = {name: reply.tensors[name] for name in acc.sum.names}
         acc.sum.add(reply.node, factors, plain, reply.examples)
         return acc
@@ -222,38 +211,38 @@ class Lora(Method):
         changes = acc.sum.mean() if isinstance(acc.sum, WeightedSum) else acc.sum.plain()
         for name, change in changes.items():
             after[name] = state.tensors[name] + change
-        if isinstance(acc.sum, NormSum):
+        if isinstance(acc.sum, lora.NormSum):
             for layer, (b, a) in acc.sum.layers.items():
                 if (mean := acc.sum.factors(layer)) is not None:
                     after[b], after[a] = mean.b.float(), mean.a.float()
-        elif isinstance(acc.sum, FactorSum):
+        elif isinstance(acc.sum, lora.FactorSum):
             for layer in acc.sum.layers:
                 after |= self._aggregate(layer, state, acc.sum, after)
         return after, state.memory
 
-    def _aggregate(self, layer: str, state: State, total: FactorSum, after: Tensors) -> Tensors:
+    def _aggregate(self, layer: str, state: State, total: lora.FactorSum, after: Tensors) -> Tensors:
         """Apply svd, stack or residual to one layer; ``after`` holds the plain means already."""
         b, a = total.layers[layer]
-        old, mean = Factors(state.tensors[b], state.tensors[a]), total.product(layer)
+        old, mean = lora.Factors(state.tensors[b], state.tensors[a]), total.product(layer)
         if self.rule == "svd":
-            kept = [mean, unheld(old, total.weight_of_rank)] if self.mixed else [mean]
-            new = align(truncate(stack(kept, [1.0] * len(kept)), old.rank), old)
+            kept = [mean, lora.unheld(old, total.weight_of_rank)] if self.mixed else [mean]
+            new = lora.align(lora.truncate(lora.stack(kept, [1.0] * len(kept)), old.rank), old)
             return {b: new.b.float(), a: new.a.float()}
-        base = Factors(state.tensors[layer + _BASE_B], state.tensors[layer + _BASE_A])
+        base = lora.Factors(state.tensors[layer + _BASE_B], state.tensors[layer + _BASE_A])
         if self.rule == "stack":
-            base = self._bounded(stack([base, mean], [1.0, 1.0]))
+            base = self._bounded(lora.stack([base, mean], [1.0, 1.0]))
             fresh = {b: torch.zeros_like(old.b), a: _fresh(old.a, self.config.seed, layer, state.version + 1)}
         else:
-            base = self._bounded(stack([base, mean, Factors(after[b], after[a])], [1.0, 1.0, -1.0]))
+            base = self._bounded(lora.stack([base, mean, lora.Factors(after[b], after[a])], [1.0, 1.0, -1.0]))
             fresh = {}
         return fresh | {layer + _BASE_B: base.b.float(), layer + _BASE_A: base.a.float()}
 
-    def _bounded(self, product: Factors) -> Factors:
+    def _bounded(self, product: lora.Factors) -> lora.Factors:
         """Keep all of a product in the shape of a full matrix, or the best ``base_rank`` of it."""
         rank, most = self.options.base_rank, min(product.b.shape[0], product.a.shape[1])
         if rank is None or rank >= most:
-            return complete(product.product())
-        return truncate(product, rank)
+            return lora.complete(product.product())
+        return lora.truncate(product, rank)
 
     def _exchange(self, state: State) -> Exchange:
         """B comes first: while B is zero, A has no gradient."""
@@ -280,7 +269,7 @@ class Lora(Method):
         """Return a client's rank; by memory it is the largest whose factors, gradients and moments fit."""
         if self.options.ranks:
             return self._ranks[node]
-        values = sum(tensors[b].shape[0] + tensors[a].shape[1] for b, a in pairs(tensors).values())
+        values = sum(tensors[b].shape[0] + tensors[a].shape[1] for b, a in lora.pairs(tensors).values())
         memory = self.options.memory_mb[node]
         rank = int(memory * 2**20 / (16 * values))  # four float32 per value
         if rank < 1:
@@ -295,9 +284,9 @@ class Lora(Method):
             super().save(model, tensors, folder)
             return
         wide, ranks, alphas = dict(tensors), {}, {}
-        for layer, (b, a) in pairs(tensors).items():
-            base = Factors(tensors[layer + _BASE_B], tensors[layer + _BASE_A])
-            whole = compact(stack([Factors(tensors[b], tensors[a]), base], [1.0, 1.0]))
+        for layer, (b, a) in lora.pairs(tensors).items():
+            base = lora.Factors(tensors[layer + _BASE_B], tensors[layer + _BASE_A])
+            whole = lora.compact(lora.stack([lora.Factors(tensors[b], tensors[a]), base], [1.0, 1.0]))
             wide |= {b: whole.b.float(), a: whole.a.float()}
             wide |= {name: torch.zeros_like(wide[name]) for name in (layer + _BASE_A, layer + _BASE_B)}
             module: Any = model.module.get_submodule(layer)
@@ -383,7 +372,7 @@ def _only(parameters: Mapping[str, nn.Parameter], names: Spec) -> Iterator[dict[
             parameter.requires_grad_(True)
 
 
-def _carry_base(layer: Any, base: Factors) -> None:
+def _carry_base(layer: Any, base: lora.Factors) -> None:
     """Let a peft layer add s base_B base_A x to its output, as if its frozen weight had changed."""
     device = layer.lora_A[_ADAPTER].weight.device
     layer.register_buffer("base_A", base.a.float().to(device), persistent=False)
