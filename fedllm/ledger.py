@@ -69,7 +69,9 @@ class Ledger:
 
     def add(self, entry: Entry) -> None:
         """Count one record of one message."""
-        total = self._totals.setdefault((entry.round, entry.direction), _Total())
+        total = self._totals.get((entry.round, entry.direction))
+        if total is None:
+            total = self._totals[entry.round, entry.direction] = _Total()
         total.bytes += entry.bytes
         total.dense += entry.dense_bytes
         total.nodes.add(entry.node)

@@ -60,7 +60,9 @@ class RunStore:
         self._wire: tuple[int | None, int | None] = (meta["wire_up"], meta["wire_down"])
         self._rounds = list(select(connection, Round, "rounds", "ORDER BY round"))
         columns = "round, node, direction, exchange, record, bytes, dense"
-        entries = connection.execute(f"SELECT {columns} FROM ledger")
+        entries = connection.cursor()
+        entries.row_factory = None
+        entries.execute(f"SELECT {columns} FROM ledger")
         self.ledger = Ledger(Entry(*row) for row in entries)
         self._seconds_before: float = meta["seconds"]
         self._opened = time.monotonic()
@@ -125,7 +127,8 @@ class RunStore:
         except BaseException:
             lock.release()
             raise
-        store._write_texts()
+        store._write_lines(store.rounds)
+        store._write_summary()
         return store
 
     def __enter__(self) -> Self:
@@ -202,14 +205,17 @@ class RunStore:
                 f"{self.folder} knows rounds up to {self.last_round} only, not {after_round}: "
                 f"resume from an earlier checkpoint"
             )
+        left = [record for record in self._rounds if record.round <= after_round]
+        # First, so that the text never tells of a round that run.db does not know.
+        self._write_lines(left)
         with self._writing() as connection:
             for table in ("rounds", "node_rounds", "ledger"):
                 connection.execute(f"DELETE FROM {table} WHERE round > ?", (after_round,))
             self._set_meta(status="running", wire_up=None, wire_down=None)
         self._status, self._wire = "running", (None, None)
-        self._rounds = [record for record in self._rounds if record.round <= after_round]
+        self._rounds = left
         self.ledger.truncate(after_round)
-        self._write_texts()
+        self._write_summary()
 
     def finish(
         self,
@@ -261,7 +267,8 @@ class RunStore:
 
     def phase(self, name: str, /, **fields: Any) -> None:
         """Say what the run is doing right now, such as ``phase("waiting", round=3, have=3, need=5)``."""
-        with self._writing():
+        # Said often and of no use after a loss of power, so it does not wait for the disk.
+        with self._writing(wait_for_disk=False):
             self._set_meta(phase={"name": name, "at": time.time(), **fields})
 
     def partition(
@@ -291,9 +298,11 @@ class RunStore:
         return commands
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._guard, disk_errors(self.folder), transaction(self._connection):
-            yield self._connection
+    def _writing(self, *, wait_for_disk: bool = True) -> Iterator[sqlite3.Connection]:
+        with self._guard, disk_errors(self.folder):
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if wait_for_disk else 'NORMAL'}")
+            with transaction(self._connection):
+                yield self._connection
 
     def _meta(self) -> dict[str, Any]:
         rows = self._connection.execute("SELECT key, value FROM meta")
@@ -309,11 +318,9 @@ class RunStore:
     def _write_summary(self) -> None:
         replace_file(self.folder / "summary.json", to_json(self.summary(), indent=2))
 
-    def _write_texts(self) -> None:
-        lines = [f"{to_json(round_line(record))}\n" for record in self._rounds if record.round > 0]
+    def _write_lines(self, rounds: Sequence[Round]) -> None:
+        lines = [f"{to_json(round_line(record))}\n" for record in rounds if record.round > 0]
         replace_file(self.folder / "rounds.jsonl", "".join(lines))
-        replace_file(self.folder / "config.toml", self.config.to_toml())
-        self._write_summary()
 
 
 def describe_partition(
