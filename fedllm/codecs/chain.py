@@ -169,13 +169,16 @@ class Chain(FramedCodec):
         self, tensors: Tensors, state: Tensors, context: CodecContext
     ) -> tuple[Sequence[Buffer], Tensors]:
         """Return the body: one byte that says whether it is coded, side information, scales and codes."""
+        size = dense_bytes(spec_of(tensors))
+        if not size:
+            return [b"\0"], state
         rows, side = self.layout.encode(tensors, context)
         sides = [side]
         for transform in self.transforms:
             rows, side = transform.encode(rows, context)
             sides.append(side)
         parts = [*sides, *self.quantizer.encode(rows, self.coder, context)]
-        if sum(memoryview(part).nbytes for part in parts) > dense_bytes(spec_of(tensors)):
+        if sum(memoryview(part).nbytes for part in parts) > size:
             return [b"\0", pack(tensors)], state
         return [b"\1", *parts], state
 
@@ -186,8 +189,11 @@ class Chain(FramedCodec):
         coded = reader.take(1, "header")[0]
         if coded > 1:
             raise CodecError(f"payload is neither dense nor coded: its first byte is {coded}")
+        size = dense_bytes(spec)
         if not coded:
-            return unpack(reader.take(dense_bytes(spec), "dense"), spec), state
+            return unpack(reader.take(size, "dense"), spec), state
+        if not size:
+            raise CodecError("payload is coded, but there is nothing to decode")
         shapes, layout_plan = self.layout.outline(spec, reader)
         steps = []
         for transform in self.transforms:

@@ -25,6 +25,12 @@ TINY = np.float32(1e-30)
 """Blocks whose largest magnitude is below are zero: their steps would not be normal floats."""
 
 
+LARGE = 1e35
+"""Scales from here on are refused: a decoded value could overflow float32."""
+
+TOO_LARGE = "cannot encode values so large that decoding could overflow float32"
+
+
 @dataclass(frozen=True)
 class Float32:
     """The quantizer that goes without saying: four bytes a value, exact."""
@@ -39,6 +45,8 @@ class Float32:
 
     def encode(self, rows: Rows, coder: Coder, context: CodecContext) -> Sequence[Buffer]:
         """Return raw values."""
+        if not all(np.isfinite(matrix).all() for matrix in rows):
+            raise CodecError(TOO_LARGE)
         return [matrix.tobytes() for matrix in rows]
 
     def decode(self, reader: Reader, shapes: Shapes, coder: Coder, context: CodecContext) -> Rows:
@@ -93,8 +101,8 @@ class BlockQuantizer(ABC):
                 )
             coded.extend(coder.encode(codes, 1 << bits))
         joined = np.concatenate(scales)
-        if not np.isfinite(joined).all():
-            raise CodecError("cannot encode values so large that the scale of a block overflows float32")
+        if not (joined < LARGE).all():
+            raise CodecError(TOO_LARGE)
         return [joined.tobytes(), *coded]
 
     def decode(self, reader: Reader, shapes: Shapes, coder: Coder, context: CodecContext) -> Rows:
@@ -163,12 +171,12 @@ class Quantize(BlockQuantizer):
         largest[largest < TINY] = 0
         factor = np.divide(half, largest, out=np.zeros_like(largest), where=largest > 0)
         np.multiply(x, factor[:, None], out=y)
+        y += half
         if self.stochastic:
             y += dither(random, x.shape)
             np.floor(y, out=y)
-        elif bits > 1:
+        else:
             np.rint(y, out=y)
-        y += half
         np.copyto(out, np.clip(y, 0, 2 * half, out=y), casting="unsafe")
         steps: Array = largest / half
         return steps

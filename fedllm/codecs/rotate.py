@@ -2,8 +2,8 @@
 
 After x -> H D x (D random signs, H the orthonormal Hadamard matrix) the values of a block are close to
 Gaussian, so one fixed grid suits every block. EDEN (Vargaftik et al., ICML 2022) adds the scale that makes
-the decoded vector unbiased. Both hold for blocks with many non-zero values; a block of two or three is not spread
-enough, and its decoded values lean to the largest.
+the decoded vector unbiased. Both hold for blocks with many non-zero values; two or three are not spread
+enough, and what is decoded leans to the largest.
 """
 
 from __future__ import annotations
