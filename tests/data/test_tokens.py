@@ -60,8 +60,10 @@ def test_subset_selects_and_shares(tokens: Tokens) -> None:
 
 
 def test_causal_labels_are_the_tokens_with_padding_ignored(texts: Corpus, tokenizer: Any) -> None:
-    batch = tokenise(texts, tokenizer, 10, "causal").batch([0, 1, 2])
+    tokens = tokenise(texts, tokenizer, 10, "causal")
+    batch = tokens.batch([int(tokens.lengths.argmin()), int(tokens.lengths.argmax())])
     real = batch.attention_mask.bool()
+    assert not real.all()
     assert torch.equal(batch.labels[real], batch.input_ids[real])
     assert (batch.labels[~real] == -100).all()
 
