@@ -7,7 +7,9 @@ further forward pass costs K / L of the model. Entries are kept in memory within
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,13 +110,14 @@ class ActivationCache:
     """Activations by content: the frozen weights, the texts and the number of layers name an entry.
 
     Attributes:
-        budget_bytes: held in memory; what comes after goes to files in a folder that ends with the process.
+        budget_bytes: held in memory; what comes after goes to files in a folder that ends with
+            the cache.
     """
 
     budget_bytes: int
     _entries: dict[str, Activations] = field(default_factory=dict)
     _held: int = 0
-    _folder: tempfile.TemporaryDirectory[str] | None = None
+    _folder: Path | None = None
     _weights: tuple[tuple[Any, ...], str] = ((), "")
 
     def get(self, model: Model, stack: Stack, tokens: Tokens) -> tuple[Activations, int]:
@@ -169,8 +172,9 @@ class ActivationCache:
             self._held += size
             return np.empty(shape, dtype=np.float32)
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="fedllm-activations-")
-        return np.memmap(Path(self._folder.name) / key, dtype=np.float32, mode="w+", shape=shape)
+            self._folder = Path(tempfile.mkdtemp(prefix="fedllm-activations-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return np.memmap(self._folder / key, dtype=np.float32, mode="w+", shape=shape)
 
 
 def _below(

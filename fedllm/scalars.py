@@ -6,6 +6,7 @@ A record of m clients with P slopes each takes 9 + m (10 + 4 P) bytes, whatever 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,32 +90,41 @@ def gradient(cohort: Cohort, seed: int, entries: int, kind: Kind = "rademacher")
     Clients are averaged (not summed), weighted by their numbers of texts; each client's own forward
     gradients are averaged over its directions.
     """
-    return _mean(cohort, sorted(cohort.slopes), slice(None), seed, entries, kind)
+    return _mean(cohort, cohort.slopes, lambda rank, index: True, seed, entries, kind)
 
 
 def halves(cohort: Cohort, seed: int, entries: int, kind: Kind = "rademacher") -> tuple[Flat, Flat]:
-    """Rebuild two independent gradients, from every other client (of one client: every other direction)."""
-    nodes = sorted(cohort.slopes)
-    if len(nodes) == 1:
-        return (
-            _mean(cohort, nodes, slice(0, None, 2), seed, entries, kind),
-            _mean(cohort, nodes, slice(1, None, 2), seed, entries, kind),
-        )
-    return (
-        _mean(cohort, nodes[0::2], slice(None), seed, entries, kind),
-        _mean(cohort, nodes[1::2], slice(None), seed, entries, kind),
-    )
+    """Rebuild two gradients, each from every other direction of each client.
+
+    Both halves see every client's batch, so that they differ by what more directions would cure, and not
+    by what the clients' data disagree about. Clients with a single direction are dealt to the halves in turn.
+    """
+
+    def half(parity: int) -> Flat:
+        return _mean(cohort, cohort.slopes, lambda rank, i: (rank + i) % 2 == parity, seed, entries, kind)
+
+    return half(0), half(1)
 
 
-def _mean(cohort: Cohort, nodes: list[int], part: slice, seed: int, entries: int, kind: Kind) -> Flat:
-    total = sum(cohort.examples[node] for node in nodes)
+def _mean(
+    cohort: Cohort,
+    nodes: Iterable[int],
+    wanted: Callable[[int, int], bool],
+    seed: int,
+    entries: int,
+    kind: Kind,
+) -> Flat:
+    """Average the forward gradients whose (rank of the client, index of the direction) is wanted."""
+    chosen = {
+        node: [i for i in range(len(cohort.slopes[node])) if wanted(rank, i)]
+        for rank, node in enumerate(sorted(nodes))
+    }
+    total = sum(cohort.examples[node] for node, indices in chosen.items() if indices)
     terms: dict[Direction, float] = {}
-    for node in nodes:
-        slopes = cohort.slopes[node]
-        numbers = range(len(slopes))[part]
-        for index in numbers:
-            share = cohort.examples[node] / (total * len(numbers))
-            terms[Direction(seed, cohort.round, node, index)] = float(slopes[index]) * share
+    for node, indices in chosen.items():
+        for index in indices:
+            share = cohort.examples[node] / (total * len(indices))
+            terms[Direction(seed, cohort.round, node, index)] = float(cohort.slopes[node][index]) * share
     return combine(terms, entries, kind)
 
 

@@ -8,18 +8,19 @@ Clients send sums over their texts; sums add up to the same statistics however t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.nn import functional
 
-from fedllm.data import Tokens
-from fedllm.forward import settled
-from fedllm.models import Model
-from fedllm.tensors import Tensors, TensorSpec
+from fedllm.tensors import Spec, Tensors, TensorSpec
 
 __all__ = ["Start", "head", "statistics", "statistics_spec"]
 
+Indices = npt.NDArray[np.int64]
 Start = Literal["none", "means", "cosine", "ridge"]
 
 _RIDGE = 1.0
@@ -42,35 +43,36 @@ def statistics_spec(start: Start, classes: int, width: int) -> dict[str, TensorS
     return spec
 
 
-def statistics(model: Model, tokens: Tokens, start: Start, batch_size: int = 64) -> Tensors:
+def statistics(
+    features: Callable[[Indices], torch.Tensor],
+    labels: Indices,
+    spec: Spec,
+    batch_size: int = 64,
+) -> Tensors:
     """Sum unit features over a client's texts: by class, and for ``ridge`` their outer products.
 
     Args:
-        model: an encoder with a linear head of ours.
-        tokens: the client's texts, with classes.
-        start: which statistics.
-        batch_size: texts per forward pass.
+        features: maps the numbers of b texts to what the head sees of them, [b, width].
+        labels: class of each text.
+        spec: from :func:`statistics_spec`.
+        batch_size: texts at a time.
 
     Returns:
         ``counts`` [classes], ``sums`` [classes, width] and, for ``ridge``, ``gram``: its upper
         triangle by rows.
     """
-    assert model.module.head is not None
-    assert tokens.labels is not None
-    width, classes = model.module.head.in_features, model.module.head.out_features
+    classes, width = spec["sums"].shape
     sums = torch.zeros(classes, width, dtype=torch.float64)
     gram = torch.zeros(width, width, dtype=torch.float64)
-    with settled(model.module):
-        for start_at in range(0, len(tokens), batch_size):
-            batch = tokens.batch(np.arange(start_at, min(start_at + batch_size, len(tokens))))
-            ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
-            features = torch.nn.functional.normalize(model.module.features(ids, mask), dim=-1).cpu().double()
-            sums.index_add_(0, batch.labels, features)
-            if start == "ridge":
-                gram += features.T @ features
-    counts = torch.bincount(torch.from_numpy(tokens.labels), minlength=classes)
+    for first in range(0, len(labels), batch_size):
+        indices = np.arange(first, min(first + batch_size, len(labels)))
+        unit = functional.normalize(features(indices).cpu().double(), dim=-1)
+        sums.index_add_(0, torch.from_numpy(labels[indices]), unit)
+        if "gram" in spec:
+            gram += unit.T @ unit
+    counts = torch.bincount(torch.from_numpy(labels), minlength=classes)
     found: Tensors = {"counts": counts.float(), "sums": sums.float()}
-    if start == "ridge":
+    if "gram" in spec:
         rows, columns = torch.triu_indices(width, width)
         found["gram"] = gram[rows, columns].float()
     return found
@@ -96,5 +98,5 @@ def head(start: Start, total: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         weight = sums / counts.clamp(min=1.0).unsqueeze(1)
         if start == "cosine":
-            weight = torch.nn.functional.normalize(weight, dim=1)
+            weight = functional.normalize(weight, dim=1)
     return weight.float(), torch.zeros(len(counts))

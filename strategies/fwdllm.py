@@ -199,8 +199,7 @@ class FwdLLM(Method):
     def run(self, work: Work) -> Answer:
         """Client: measure slopes on one batch; asked again in a round, on the same batch further on."""
         if work.kind == "setup":
-            found = statistics(work.model, work.train, self.options.warm_start)
-            return Answer(found, len(work.train), {}, passes=Passes(len(work.train) / self._batch_size))
+            return self._start(work)
         options = self.options
         first = work.index * options.directions
         names = [
@@ -221,19 +220,41 @@ class FwdLLM(Method):
     def _batch_size(self) -> int:
         return self.config.training.batch_size
 
+    def _start(self, work: Work) -> Answer:
+        """Sum features for the closed-form head."""
+        model, network, labels = work.model, work.model.module, work.train.labels
+        assert labels is not None
+        stack, share = stack_of(network), 1.0
+        if stack.frozen:
+            entry, computed = self.cache.get(model, stack, work.train)
+            share = stack.share + (1.0 - stack.share) * computed / len(work.train)
+
+        def features(indices: np.ndarray) -> torch.Tensor:
+            batch = work.train.batch(indices)
+            ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+            if not stack.frozen:
+                return network.features(ids, mask)
+            with stack.resumed(entry.batch(indices).to(model.device, _dtype(stack))):
+                return network.features(ids, mask)
+
+        with settled(network):
+            found = statistics(features, labels, self._statistics_spec(work.tensors))
+        batches = len(work.train) / self._batch_size
+        return Answer(found, len(work.train), {}, passes=Passes(batches * share))
+
     def _probe(self, work: Work, names: list[Direction]) -> tuple[Slopes, float]:
         """Measure the slopes along ``names``; also return the cost in passes through the whole model."""
         order = stream(self.config.seed, "batches", work.round, work.node).permutation(len(work.train))
         indices = order[: self._batch_size]
         batch, stack = work.train.batch(indices), stack_of(work.model.module)
         count = passes(len(names), self.options.estimator, self.options.parallel)
-        with settled(work.model.module):
-            if not stack.frozen:
+        if not stack.frozen:
+            with settled(work.model.module):
                 return self._slopes(work.model, batch, names), float(count)
-            entry, computed = self.cache.get(work.model, stack, work.train)
-            hidden = entry.batch(indices).to(work.model.device, _dtype(stack))
-            with stack.resumed(hidden):
-                found = self._slopes(work.model, batch, names)
+        entry, computed = self.cache.get(work.model, stack, work.train)
+        hidden = entry.batch(indices).to(work.model.device, _dtype(stack))
+        with settled(work.model.module), stack.resumed(hidden):
+            found = self._slopes(work.model, batch, names)
         return found, count * stack.share + computed / self._batch_size * (1.0 - stack.share)
 
     def _slopes(self, model: Model, batch: Batch, names: list[Direction]) -> Slopes:

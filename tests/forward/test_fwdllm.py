@@ -1,0 +1,301 @@
+"""FwdLLM on a tiny model: what is sent, what is rebuilt from it, when a round ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedllm import models
+from fedllm.directions import Direction, flat
+from fedllm.errors import ConfigError, RunFailed, WireError
+from fedllm.tensors import Tensors, fingerprint, pack, spec_of
+from strategies.base import Commit, Exchange, Replay, State
+from strategies.fwdllm import FwdLLM
+from strategies.workshop import Workshop
+from tests.conformance.federation import ask, federate, reply_of, start, workshop
+
+P = 6
+
+
+def shop_with(encoder: Path, texts: Path, *, top: bool = True, **options: Any) -> Workshop:
+    targets = ("layer.1.attention.self.query",) if top else ("query", "value")
+    return workshop(
+        encoder,
+        texts,
+        "fwdllm",
+        rounds=20,
+        tuning={"rank": 1, "targets": targets},
+        training={"batch_size": 8},
+        options={"directions": P, **options},
+    )
+
+
+@pytest.fixture
+def shop(tiny_encoder: Path, tiny_texts: Path) -> Workshop:
+    return shop_with(tiny_encoder, tiny_texts)
+
+
+@pytest.fixture
+def no_graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail as soon as autograd keeps anything for a backward pass, or one is asked for."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("autograd recorded a graph")
+
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
+    monkeypatch.setattr(torch.autograd, "grad", fail)
+    with torch.autograd.graph.saved_tensors_hooks(fail, fail):
+        yield
+
+
+def vector(tensors: Tensors) -> np.ndarray:
+    return torch.cat([tensors[n].double().reshape(-1) for n in sorted(tensors)]).numpy()
+
+
+@pytest.mark.parametrize("estimator", ["jvp", "antithetic"])
+@pytest.mark.usefixtures("no_graph")
+def test_a_whole_run_records_no_graph_and_calls_no_backward(
+    tiny_encoder: Path, tiny_texts: Path, estimator: str
+) -> None:
+    shop = shop_with(tiny_encoder, tiny_texts, estimator=estimator, warm_start="means")
+    state = federate(shop, start(shop), 2, range(4), first=0)
+    assert fingerprint(state.tensors) != fingerprint(start(shop).tensors)
+    assert ask(shop, state, Exchange("fit"), 0).passes.backward == 0
+    assert any(p.requires_grad for p in shop.model.module.parameters())
+
+
+def test_the_fixture_would_notice_a_graph(shop: Workshop, no_graph: None) -> None:
+    batch = shop.test_tokens.batch(range(4))
+    with pytest.raises(AssertionError, match="recorded a graph"):
+        shop.model.forward(batch)
+
+
+def test_a_reply_is_p_floats_and_nothing_else(shop: Workshop) -> None:
+    answer = ask(shop, start(shop), Exchange("fit"), 1)
+    assert list(answer.tensors) == ["slopes"]
+    assert len(pack(answer.tensors)) == 4 * P
+    assert spec_of(answer.tensors) == shop.method.spec(Exchange("fit"), start(shop).tensors)
+
+
+def test_slopes_are_the_gradients_projections(shop: Workshop) -> None:
+    """Backpropagation on the same batch, found by trying: only one subset's loss has this gradient norm."""
+    state, node = start(shop), 1
+    answer = ask(shop, state, Exchange("fit"), node, 3, 0)
+    train, _ = shop.client_tokens(node)
+    from fedllm.randomness import stream
+
+    order = stream(shop.config.seed, "batches", 3, node).permutation(len(train))[:8]
+    shop.method.load(shop.model, state.tensors)
+    shop.model.module.eval()
+    parameters = shop.model.trainable()
+    loss = shop.model.forward(train.batch(order)).loss
+    assert loss is not None
+    grads = torch.autograd.grad(loss, list(parameters.values()))
+    truth = vector(dict(zip(parameters, grads, strict=True)))
+    want = [flat(Direction(0, 3, node, i), len(truth)) @ truth for i in range(P)]
+    np.testing.assert_allclose(answer.tensors["slopes"], want, rtol=1e-4, atol=1e-5 * np.linalg.norm(truth))
+
+
+def test_the_step_is_the_trust_ratio_along_the_weighted_mean(shop: Workshop) -> None:
+    """Rebuilt here naively from the directions' definition."""
+    state, round = start(shop), 2
+    acc = shop.method.begin(state, round)
+    answers = {node: ask(shop, state, Exchange("fit"), node, round) for node in (0, 2)}
+    for node, answer in answers.items():
+        acc = shop.method.fold(acc, "fit", reply_of(answer, node))
+    proposal, _ = shop.method.step(state, acc)
+    assert isinstance(proposal, Replay)
+    after = vector(shop.method.replay(state.tensors, proposal.record))
+    w, total = vector(state.tensors), sum(a.examples for a in answers.values())
+    g = sum(
+        (a.examples / total)
+        * np.mean(
+            [c * flat(Direction(0, round, n, i), len(w)) for i, c in enumerate(a.tensors["slopes"].numpy())],
+            axis=0,
+        )
+        for n, a in answers.items()
+    )
+    t = 1 / 20
+    rate = 0.1 * (1 - 3 * t**2 + 2 * t**3)
+    want = w - rate * np.linalg.norm(w) * g / np.linalg.norm(g)
+    np.testing.assert_allclose(after, want, rtol=1e-5, atol=1e-6 * np.abs(w).max())
+
+
+def test_a_client_that_missed_rounds_catches_up_bit_for_bit(tiny_encoder: Path, tiny_texts: Path) -> None:
+    shop = shop_with(tiny_encoder, tiny_texts, warm_start="means")
+    state, records = start(shop), []
+    for round in range(4):
+        acc, index = shop.method.begin(state, round), 0
+        while isinstance(exchange := shop.method.plan(state, acc), Exchange):
+            for node in (3, 0):
+                acc = shop.method.fold(
+                    acc, exchange.kind, reply_of(ask(shop, state, exchange, node, round, index), node)
+                )
+            index += 1
+        proposal, memory = shop.method.step(state, acc)
+        assert isinstance(proposal, Replay)
+        records.append(proposal.record)
+        state = State(state.version + 1, shop.method.replay(state.tensors, proposal.record), memory)
+    assert len(records[1]) == 1 + 9 + 2 * (10 + 4 * P)
+    late = Workshop(shop.config)
+    tensors = late.initial
+    for record in records:
+        tensors = late.method.replay(tensors, record)
+    assert fingerprint(tensors) == fingerprint(state.tensors)
+
+
+def test_dense_uploads_lead_to_the_same_step(tiny_encoder: Path, tiny_texts: Path) -> None:
+    scalars, dense = (shop_with(tiny_encoder, tiny_texts, upload=upload) for upload in ("scalars", "dense"))
+    one, two = (federate(s, start(s), 1, (0, 1, 3)) for s in (scalars, dense))
+    np.testing.assert_allclose(vector(one.tensors), vector(two.tensors), rtol=1e-4, atol=1e-6)
+
+
+def test_asked_again_a_client_probes_the_same_batch_further_on(
+    tiny_encoder: Path, tiny_texts: Path, shop: Workshop
+) -> None:
+    state = start(shop)
+    parts = [ask(shop, state, Exchange("fit"), 2, 1, index).tensors["slopes"] for index in (0, 1)]
+    double = shop_with(tiny_encoder, tiny_texts, directions=2 * P)
+    whole = ask(double, state, Exchange("fit"), 2, 1, 0).tensors["slopes"]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("threshold", "exchanges"), [(1e-9, 1), (1e9, 4)])
+def test_pacing_asks_until_the_gate_or_the_cap(
+    tiny_encoder: Path, tiny_texts: Path, threshold: float, exchanges: int
+) -> None:
+    shop = shop_with(tiny_encoder, tiny_texts, pacing="ratio", threshold=threshold, directions=40, parallel=40)
+    state, acc, index = start(shop), shop.method.begin(start(shop), 1), 0
+    while isinstance(shop.method.plan(state, acc), Exchange):
+        for node in range(4):
+            acc = shop.method.fold(
+                acc, "fit", reply_of(ask(shop, state, Exchange("fit"), node, 1, index), node)
+            )
+        index += 1
+    assert index == exchanges
+    _, memory = shop.method.step(state, acc)
+    assert float(memory["report/directions"]) == 4 * 40 * exchanges
+
+
+@pytest.mark.parametrize(("threshold", "exchanges"), [(1e9, 1), (1e-30, 3)])
+def test_the_papers_rule_asks_while_the_variance_is_above(
+    tiny_encoder: Path, tiny_texts: Path, threshold: float, exchanges: int
+) -> None:
+    shop = shop_with(
+        tiny_encoder,
+        tiny_texts,
+        pacing="variance",
+        threshold=threshold,
+        max_exchanges=3,
+        pacing_tensor="head.bias",
+    )
+    acc, index = shop.method.begin(start(shop), 1), 0
+    while isinstance(shop.method.plan(start(shop), acc), Exchange):
+        for node in (0, 1):
+            answer = ask(shop, start(shop), Exchange("fit"), node, 1, index)
+            acc = shop.method.fold(acc, "fit", reply_of(answer, node))
+        index += 1
+    assert index == exchanges
+
+
+def test_it_learns_from_slopes_alone(tiny_encoder: Path, tiny_texts: Path) -> None:
+    shop = shop_with(tiny_encoder, tiny_texts, directions=20, learning_rate=0.2)
+    before = models.evaluate(shop.model, shop.test_tokens, 64)
+    state = federate(shop, start(shop), 10, range(4))
+    shop.method.load(shop.model, state.tensors)
+    after = models.evaluate(shop.model, shop.test_tokens, 64)
+    assert after["loss"] < before["loss"] - 0.05
+
+
+def test_a_collapsing_run_is_stopped_with_a_reason(tiny_encoder: Path, tiny_texts: Path) -> None:
+    shop = shop_with(tiny_encoder, tiny_texts, learning_rate=3.0)
+    with pytest.raises(RunFailed, match=r"grown to .* lower fwdllm.learning_rate"):
+        federate(shop, start(shop), 5, (0, 1))
+
+
+@pytest.mark.parametrize("kind", ["means", "cosine", "ridge"])
+def test_warm_start_is_the_closed_form_of_the_pooled_texts(
+    tiny_encoder: Path, tiny_texts: Path, kind: str
+) -> None:
+    """One client with everything, or four with a part each in another order: the same head."""
+    shop = shop_with(tiny_encoder, tiny_texts, warm_start=kind)
+    one, two = (federate(shop, start(shop), 1, nodes, first=0) for nodes in ((0, 1, 2, 3), (2, 0, 3, 1)))
+    assert fingerprint(one.tensors) == fingerprint(two.tensors)
+    features, labels = [], []
+    shop.method.load(shop.model, start(shop).tensors)
+    shop.model.module.eval()
+    for node in range(4):
+        train, _ = shop.client_tokens(node)
+        batch = train.batch(range(len(train)))
+        with torch.no_grad():
+            found = shop.model.module.features(batch.input_ids, batch.attention_mask)
+        features.append(found.double().numpy() / math.sqrt(32))
+        labels.append(batch.labels.numpy())
+    x, y = np.concatenate(features), np.concatenate(labels)
+    if kind == "ridge":
+        # The augmented least-squares problem, by an independent solver; the scale is the only convention.
+        rows = np.vstack([x, np.eye(32)])
+        want = np.linalg.lstsq(rows, np.vstack([np.eye(3)[y], np.zeros((32, 3))]), rcond=None)[0].T
+        want *= 8.0 / math.sqrt(32)
+    else:
+        want = np.stack([x[y == c].mean(axis=0) for c in range(3)])
+        if kind == "cosine":
+            want /= np.linalg.norm(want, axis=1, keepdims=True)
+    np.testing.assert_allclose(one.tensors["head.weight"].numpy(), want, rtol=1e-4, atol=1e-5)
+    assert not one.tensors["head.bias"].any()
+
+
+def test_round_zero_commits_at_once_without_a_warm_start(shop: Workshop) -> None:
+    state = start(shop)
+    assert shop.method.plan(state, shop.method.begin(state, 0)) == Commit()
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"x", b"h123", b"s", b"s" + bytes(8), b"s\1\0\0\0\2\0\0\0\1" + bytes(14)]
+)
+def test_damaged_records_are_refused(shop: Workshop, record: bytes) -> None:
+    with pytest.raises(WireError):
+        shop.method.replay(start(shop).tensors, record)
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"options": {"warm_start": "means"}, "model": {"task": "causal"}}, "warm_start"),
+        ({"options": {}, "server": {"optimizer": "adam"}}, "step"),
+        ({"options": {"upload": "dense", "pacing": "ratio"}}, "pacing"),
+    ],
+)
+def test_impossible_combinations_name_the_key(shop: Workshop, sections: dict[str, Any], key: str) -> None:
+    config = type(shop.config).model_validate({**shop.config.model_dump(), **sections})
+    with pytest.raises(ConfigError, match=f"fwdllm.{key}"):
+        FwdLLM(config)
+
+
+def test_a_hopeless_run_is_warned_of(
+    tiny_encoder: Path, tiny_texts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = workshop(
+        tiny_encoder,
+        tiny_texts,
+        "fwdllm",
+        tuning={"peft": "full"},
+        options={"directions": 1},
+        server={"sample": 1},
+    )
+    assert shop.initial
+    assert "hopeless" in caplog.text
+
+
+def test_a_large_setup_is_warned_of(
+    tiny_encoder: Path, tiny_texts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strategies.fwdllm._LARGE_SETUP", 1000)
+    assert shop_with(tiny_encoder, tiny_texts, warm_start="ridge").initial
+    assert 'fwdllm.warm_start = "ridge" makes each client upload' in caplog.text

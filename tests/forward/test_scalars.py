@@ -1,0 +1,88 @@
+"""A cohort's slopes on the wire and what is rebuilt from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm.directions import Direction, flat
+from fedllm.errors import WireError
+from fedllm.scalars import Cohort, gradient, halves, pack_cohort, signal_to_noise, unpack_cohort
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+COHORTS = st.dictionaries(
+    st.integers(0, 2**32 - 1),
+    st.tuples(st.lists(FLOATS, max_size=5), st.integers(1, 2**32 - 1)),
+    max_size=5,
+)
+
+
+def cohort_of(clients: dict[int, tuple[list[float], int]], round: int = 3) -> Cohort:
+    cohort = Cohort(round)
+    for node, (slopes, examples) in clients.items():
+        cohort.extend(node, np.array(slopes, dtype=np.float32), examples)
+    return cohort
+
+
+@settings(max_examples=50, deadline=None)
+@given(COHORTS, st.integers(0, 2**32 - 1))
+def test_packing_is_invertible(clients: dict[int, tuple[list[float], int]], round: int) -> None:
+    cohort = cohort_of(clients, round)
+    again = unpack_cohort(pack_cohort(cohort))
+    assert (again.round, again.examples) == (cohort.round, cohort.examples)
+    assert {n: s.tolist() for n, s in again.slopes.items()} == {
+        n: s.tolist() for n, s in cohort.slopes.items()
+    }
+    assert pack_cohort(again) == pack_cohort(cohort)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=80))
+def test_any_bytes_are_a_record_or_refused(data: bytes) -> None:
+    try:
+        cohort = unpack_cohort(data)
+    except WireError:
+        return
+    assert len(cohort.slopes) * 10 + 4 * cohort.directions + 9 == len(data)
+
+
+def test_every_cut_is_refused() -> None:
+    record = pack_cohort(cohort_of({1: ([1.0, 2.0], 7), 9: ([3.0], 5)}))
+    for cut in (*range(len(record)), None):
+        with pytest.raises(WireError):
+            unpack_cohort(record[:cut] if cut is not None else record + b"\0")
+
+
+def test_clients_are_averaged_by_texts_and_directions_evenly() -> None:
+    cohort = cohort_of({4: ([1.0, -2.0], 30), 1: ([0.5], 10)})
+    naive = 0.75 * (flat(Direction(8, 3, 4, 0), 50) - 2 * flat(Direction(8, 3, 4, 1), 50)) / 2
+    naive = naive + 0.25 * 0.5 * flat(Direction(8, 3, 1, 0), 50)
+    np.testing.assert_allclose(gradient(cohort, 8, 50), naive, rtol=1e-12)
+
+
+def test_halves_share_no_direction_and_together_are_the_whole() -> None:
+    cohort = cohort_of({4: ([1.0, -2.0, 0.5, 3.0], 30), 1: ([0.5, 1.0], 10)})
+    a, b = halves(cohort, 8, 50)
+    np.testing.assert_allclose((a + b) / 2, gradient(cohort, 8, 50), rtol=1e-9, atol=1e-12)
+    other = cohort_of({4: ([7.0, -2.0, 0.5, 3.0], 30), 1: ([0.5, 1.0], 10)})
+    c, d = halves(other, 8, 50)
+    assert np.array_equal(a, c) != np.array_equal(b, d)
+
+
+def test_single_directions_are_dealt_in_turn() -> None:
+    cohort = cohort_of({n: ([1.0], 10) for n in range(4)})
+    a, b = halves(cohort, 0, 20)
+    np.testing.assert_allclose(a, (flat(Direction(0, 3, 0, 0), 20) + flat(Direction(0, 3, 2, 0), 20)) / 2)
+    np.testing.assert_allclose(b, (flat(Direction(0, 3, 1, 0), 20) + flat(Direction(0, 3, 3, 0), 20)) / 2)
+
+
+def test_the_ratio_estimates_signal_over_the_means_variance_and_has_no_units() -> None:
+    """Halves are g plus independent noise of known size, so the ratio is known."""
+    generator = np.random.default_rng(0)
+    g = generator.normal(size=20_000)
+    a, b = (g + 3 * generator.normal(size=g.size) for _ in range(2))
+    ratio = signal_to_noise(a, b)
+    assert ratio == pytest.approx(1 / (9 / 2), rel=0.1)
+    assert signal_to_noise(1000 * a, 1000 * b) == pytest.approx(ratio)
