@@ -1,23 +1,25 @@
-"""The command line: the one place that knows all layers. A command imports what is heavy only when it runs.
+"""The command line: the composition root, and the one module of fedllm that knows the layers above it.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the run failed, 2 wrong usage or
-configuration, 130 interrupted.
+Every layer defines its own commands; none imports torch, transformers or Flower before it has to. Results go
+to stdout, everything else to stderr. Exit codes: 0 done, 1 the run failed, 2 wrong usage or configuration,
+130 interrupted.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
-from rich.console import Console
 
-from fedllm.errors import ConfigError, DataError, FedllmError, ModelError, RunFailed
+from client import commands as device
+from fedllm.errors import ConfigError, DataError, FedllmError, ModelError
+from fedllm.terminal import Override, Source, console
+from server import commands as operator
+from simulations import commands as researcher
 
 __all__ = ["app", "main"]
 
@@ -29,229 +31,42 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(stderr=True)
-
-Source = Annotated[
-    str, typer.Argument(help="Preset (see fedllm presets) or TOML file.", metavar="[PRESET|FILE.toml]")
-]
-Override = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="section.key=value; a=1,2,3 makes a run each.", metavar="KEY=VALUE"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-RunDir = Annotated[Path, typer.Argument(help="Run folder.")]
+for part in (researcher, operator, device):
+    app.add_typer(part.app)
 
 
-@app.command()
-def simulate(
+@app.command(rich_help_panel="Server")
+def run(
     source: Source = "quickstart",
+    federation: Annotated[
+        Path, typer.Option("--server", help="Folder of the federation that is being served on this host.")
+    ] = Path(),
     overrides: Override = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
-    engine: Annotated[str, typer.Option(help="loopback (in this process) or flower (Ray).")] = "loopback",
-    workers: Annotated[int, typer.Option(min=1, help="Processes that answer for the clients.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Torch threads in all; default all cores.")
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Repeat over seeds, e.g. 0..4.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="local or central: no federation, same split.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
-    ] = False,
-    report: Annotated[bool, typer.Option(help="Write report.html and plots at the end.")] = True,
-    as_json: AsJson = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit and return.")] = False,
+    resume: Annotated[str | None, typer.Option(help="Go on with a run.", metavar="RUN")] = None,
+    stop: Annotated[str | None, typer.Option(help="Stop a run after its round.", metavar="RUN")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="As the server was started.")] = False,
 ) -> None:
-    """Run a federation with all its clients on this host."""
+    """Submit a run to a federation and follow it; Ctrl-C stops following, the run goes on."""
+    from fedllm.live import Watcher
+    from server import submit
+    from server.link import connect
     from simulations.catalogue import document
-    from simulations.experiment import parse_seeds, plan
+    from strategies.registry import resolve_run
 
-    if engine not in ("loopback", "flower"):
-        raise ConfigError(f"--engine is loopback or flower, not {engine!r}")
-    if baseline not in (None, "local", "central"):
-        raise ConfigError(f"--baseline is local or central, not {baseline!r}")
-    planned = plan(
-        document(source),
-        overrides or [],
-        out=out,
-        seeds=parse_seeds(seeds) if seeds else (),
-        baseline=baseline,  # type: ignore[arg-type]  # narrowed just above
-    )
-    if dry_run:
-        for run in planned:
-            print(run.config.to_toml(), end="")
-        return
-    for run in planned:
-        if (run.folder / "summary.json").is_file():
-            raise ConfigError(
-                f"{run.folder} holds a run: continue it with fedllm resume, or choose another --out"
-            )
-    for run in planned:
-        _simulate(run.config, run.folder, engine, workers, threads)
-        if report:
-            _report(run.folder)
-    _conclude([run.folder for run in planned], as_json)
-
-
-@app.command()
-def resume(
-    run_dir: RunDir,
-    engine: Annotated[str, typer.Option(help="loopback or flower.")] = "loopback",
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Continue a run after a stop, a crash or a kill: the numbers come out as if it had never stopped."""
-    from fedllm.runs import Run
-
-    stored = Run(run_dir)
-    if stored.status != "finished":
-        _simulate(stored.config, run_dir, engine, workers, threads)
-        _report(run_dir)
-    else:
-        console.print(f"{run_dir} is finished already.")
-    _conclude([run_dir], as_json)
-
-
-def _simulate(config: Any, folder: Path, engine: str, workers: int, threads: int | None) -> None:
-    from simulations.live import watching
-
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    with watching(folder, console):
-        if engine == "flower":
-            from simulations.flower import simulate as run_on_flower
-
-            run_on_flower(config, folder, workers if workers > 1 else os.cpu_count() or 1)
+    with connect(federation, insecure=insecure) as control:
+        if stop is not None:
+            submit.stop(control, submit.find(federation, stop))
+            return
+        if resume is not None:
+            submitted = submit.resume(federation, control, resume)
         else:
-            from simulations.loopback import simulate as run_here
-
-            run_here(config, folder, workers, threads)
-
-
-def _report(folder: Path) -> None:
-    from simulations.report import write
-
-    console.print(f"report: {write(folder)}", highlight=False)
-
-
-def _conclude(folders: list[Path], as_json: bool) -> None:
-    """Print the summary of one run, or the comparison of several; a run that was stopped is not a success."""
-    from fedllm.runs import Run
-
-    summaries = [Run(folder).summary for folder in folders]
-    if len(folders) > 1:
-        compare(folders, as_json=as_json)
-    elif as_json:
-        print(json.dumps(summaries[0], indent=2))
-    else:
-        _print_summary(summaries[0], folders[0])
-    if any(summary["status"] != "finished" for summary in summaries):
-        raise RunFailed(f"stopped before the last round; continue with fedllm resume {folders[-1]}")
-
-
-def _print_summary(summary: dict[str, Any], folder: Path) -> None:
-    from simulations.live import size
-
-    told = summary["bytes"]
-    metrics = ", ".join(
-        f"{name} {value:.4g}" for name, value in summary["metrics"].items() if value is not None
-    )
-    moved = told["up"] + told["down"]
-    print(f"{summary['name']}: {summary['status']}; {metrics or 'not evaluated'}")
-    print(
-        f"moved {size(moved)} (up {size(told['up'])}, down {size(told['down'])})"
-        + (f", {told['reference_total'] / moved:.1f}x less than the whole model" if moved else "")
-    )
-    print(f"results in {folder}")
-
-
-@app.command()
-def presets(as_json: AsJson = False) -> None:
-    """List the presets and what each costs."""
-    from rich.table import Table
-
-    from simulations.catalogue import presets as load
-
-    found = load()
-    if as_json:
-        print(json.dumps([{"name": p.name, "shows": p.shows, "costs": p.costs} for p in found], indent=2))
-        return
-    table = Table("preset", "shows", "costs")
-    for preset in found:
-        table.add_row(preset.name, preset.shows, preset.costs)
-    Console().print(table)
-
-
-@app.command()
-def codecs(as_json: AsJson = False) -> None:
-    """List the codec stages with their bits, properties and cost."""
-    from rich.table import Table
-
-    from fedllm.codecs.catalogue import catalogue
-
-    rows = catalogue()
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of runs.")],
-    plots: Annotated[Path | None, typer.Option(help="Also write overlaid plots into this folder.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Set runs side by side: quality, bytes and time; repeats over seeds as mean and interval."""
-    from simulations import compare as comparison
-
-    found = comparison.compare(runs)
-    if plots is not None:
-        for path in comparison.draw(runs, plots):
-            console.print(path, highlight=False)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        Console().print(comparison.table(found))
-
-
-@app.command()
-def report(run_dir: RunDir) -> None:
-    """Write a run's self-contained report.html and its plots."""
-    from simulations.report import write
-
-    print(write(run_dir))
-
-
-@app.command()
-def predict(
-    run_dir: RunDir, texts: Annotated[list[str], typer.Argument(help="Texts.")], as_json: AsJson = False
-) -> None:
-    """Classify texts with a run's model, or continue them with a causal one."""
-    from simulations.predict import predict as answer
-
-    answers = answer(run_dir, texts)
-    if as_json:
-        print(json.dumps(answers, indent=2))
-        return
-    for one in answers:
-        if "continuation" in one:
-            print(f"{one['text']}{one['continuation']}")
-        else:
-            print(f"{one['label']}\t{one['probabilities'][one['label']]:.3f}\t{one['text']}")
-
-
-@app.command()
-def export(run_dir: RunDir, out: Annotated[Path, typer.Argument(help="New folder to write to.")]) -> None:
-    """Write a run's result for other programs: the adapter in peft's format, or a transformers model."""
-    from simulations.predict import restore
-
-    if out.exists():
-        raise ConfigError(f"{out} exists already; choose a folder that does not")
-    model, method = restore(run_dir)
-    method.save(model, model.read(), out)
-    print(out)
+            config = resolve_run(document(source), overrides or [])
+            submitted = submit.submit(federation, control, config)
+        console.print(f"run {submitted.id}: {submitted.folder}", highlight=False)
+        if not detach:
+            with Watcher(console) as watcher:
+                submit.follow(control, submitted, look=watcher.update)
 
 
 def main() -> None:

@@ -343,7 +343,7 @@ def resolve(
         raise ConfigError(f"unknown key options: options of {method} belong in section [{method}]")
     schema = options(method)
     try:
-        tree["options"] = schema.model_validate(chosen).model_dump(mode="json")
+        tree["options"] = schema.model_validate(chosen).model_dump(mode="json", exclude_none=True)
     except ValidationError as error:
         raise ConfigError(_explain(error, schema, prefix=(method,))) from error
     try:
