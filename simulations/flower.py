@@ -60,15 +60,18 @@ def simulate(config: RunConfig, folder: Path, workers: int) -> None:
 
     Args:
         config: the resolved configuration.
-        folder: the run folder; also holds ``flower.log``, what all processes said.
+        folder: the run folder, to be made or continued. What all processes said ends up in its ``flower.log``;
+            until then, and where the run failed, in a file beside the folder.
         workers: Ray actors, each of them one core, that answer for the clients.
 
     Raises:
         RunFailed: with the app's own reason.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.flower.log")
     run_config = {"fedllm": config.to_json(), "run-dir": str(folder.resolve())}
-    run_app(FEDLLM, run_config, config.clients, folder / "flower.log", workers=workers)
+    run_app(FEDLLM, run_config, config.clients, log, workers=workers)
+    log.replace(folder / "flower.log")
 
 
 def run_app(

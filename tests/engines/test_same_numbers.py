@@ -1,0 +1,45 @@
+"""The same run on every engine and with any number of workers: five rounds, three of six clients in each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config import RunConfig
+from fedllm.runs import Run
+from simulations.flower import simulate as on_flower
+from simulations.loopback import simulate as in_process
+from strategies.registry import load_method, method_names
+from tests.rounds.federation import configuration
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(params=method_names())
+def config(request: pytest.FixtureRequest, tiny_encoder: Path, tiny_texts: Path) -> RunConfig:
+    options = load_method(request.param).Options().model_dump(mode="json")
+    return configuration(tiny_encoder, tiny_texts, method=request.param, options=options)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must not depend on who computed it: each round's replies, the numbers, the bytes, the tensors."""
+    run = Run(folder)
+    summary = run.summary
+    replies = {(row.round, row.exchange, row.node, row.status, row.loss) for row in run.nodes()}
+    return {
+        "replies": replies,
+        **{key: summary[key] for key in ("status", "metrics", "bytes", "passes", "failures", "state_sha256")},
+    }
+
+
+def test_engines_and_workers_give_the_same_numbers(config: RunConfig, tmp_path: Path) -> None:
+    in_process(config, tmp_path / "alone")
+    in_process(config, tmp_path / "pool", workers=2, threads=2)
+    on_flower(config, tmp_path / "flower", workers=2)
+    alone = outcome(tmp_path / "alone")
+    assert alone["status"] == "finished"
+    assert len({node for round, exchange, node, *_ in alone["replies"] if exchange == "fit"}) > 3
+    assert outcome(tmp_path / "pool") == alone
+    assert outcome(tmp_path / "flower") == alone
