@@ -230,3 +230,62 @@ def export(run_dir: RunDir, out: Annotated[Path, typer.Argument(help="New folder
     model, method = restore(run_dir)
     method.save(model, model.read(), out)
     print(out)
+
+
+@app.command(rich_help_panel=PANEL)
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="fedkd, fwdllm or lora.")],
+    scale: Annotated[str, typer.Option(help="cpu (bundled model and texts) or paper (GPU, hub).")] = "cpu",
+    seeds: Annotated[str, typer.Option(help="Seeds of every preset.")] = "0..4",
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce-NAME.")] = None,
+    overrides: Override = None,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a paper's experiment and its references over several seeds; interrupted, it goes on where it was."""
+    from simulations.experiment import parse_seeds
+    from simulations.reproduce import lay_out, unfinished
+
+    if scale not in ("cpu", "paper"):
+        raise ConfigError(f"--scale is cpu or paper, not {scale!r}")
+    folder = out or Path("runs") / f"reproduce-{experiment}"
+    planned = lay_out(experiment, parse_seeds(seeds), scale, folder, overrides or [])  # type: ignore[arg-type]
+    for run in unfinished(planned, lambda said: console.print(said, highlight=False)):
+        _simulate(run.config, run.folder, "loopback", workers, threads)
+    _conclude([run.folder for run in planned], as_json)
+
+
+@app.command(rich_help_panel=PANEL)
+def bench(
+    what: Annotated[
+        str, typer.Argument(help="aggregation, codecs, deployment, distill, memory or simulation.")
+    ],
+    fuzz: Annotated[int, typer.Option(help="codecs: also decode this many mutated payloads.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the documentation states, side by side with what it is compared to."""
+    import pkgutil
+    from importlib import import_module
+
+    from simulations import bench as benchmarks
+
+    names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.ispkg)
+    if what not in names:
+        raise ConfigError(f"there is no benchmark {what!r}; benchmarks are {', '.join(names)}")
+    options = {"fuzz": fuzz} if what == "codecs" else {}
+    found = import_module(f"simulations.bench.{what}").run(**options)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_nested(found)
+
+
+def _print_nested(found: Any, indent: str = "") -> None:
+    """Print nested results as indented lines, numbers short."""
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+        if isinstance(value, dict | list):
+            print(f"{indent}{key}")
+            _print_nested(value, indent + "  ")
+        else:
+            print(f"{indent}{key}: {value:.4g}" if isinstance(value, float) else f"{indent}{key}: {value}")

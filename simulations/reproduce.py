@@ -1,0 +1,89 @@
+"""The papers' experiments, each a set of presets over several seeds, and the table that compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedllm.errors import ConfigError
+from fedllm.run_database import FILE
+from fedllm.runs import Run
+from simulations.catalogue import document
+from simulations.experiment import Planned
+from strategies.registry import resolve_run
+
+__all__ = ["EXPERIMENTS", "Experiment", "Scale", "lay_out", "unfinished"]
+
+Scale = Literal["cpu", "paper"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Presets to compare; the first is the reference.
+
+    Attributes:
+        presets: by name.
+        measured: overrides that every run gets, so that differences of half a point can be seen.
+        paper: overrides for the paper's own models and data, which need a GPU and a network.
+    """
+
+    presets: tuple[str, ...]
+    measured: tuple[str, ...] = ("data.test_fraction=0.4",)
+    paper: tuple[str, ...] = ()
+
+
+EXPERIMENTS = {
+    "lora": Experiment(
+        ("quickstart", "lora-30x", "lora-int4", "lora-lowrank", "quickstart-full"),
+        paper=("model.name=roberta-base", "data.name=fancyzhx/ag_news", "clients=100", "server.sample=10"),
+    ),
+    "fwdllm": Experiment(
+        ("quickstart", "fwdllm", "fwdllm-cold"),
+        paper=("model.name=distilbert-base-uncased", "data.name=fancyzhx/ag_news", "clients=100"),
+    ),
+    "fedkd": Experiment(
+        ("fedavg-teacher", "fedkd", "fedkd-literal", "student-alone", "teacher-local"),
+        paper=("model.name=bert-base-uncased", "data.name=fancyzhx/ag_news"),
+    ),
+}
+
+
+def lay_out(
+    name: str, seeds: Sequence[int], scale: Scale, out: Path, extra: Sequence[str] = ()
+) -> list[Planned]:
+    """Return the runs of an experiment, presets in order, each over all seeds.
+
+    Args:
+        name: a key of :data:`EXPERIMENTS`.
+        seeds: of every preset.
+        scale: ``cpu`` takes the bundled model and texts.
+        out: folder of all runs.
+        extra: further overrides, of every run.
+
+    Raises:
+        ConfigError: there is no such experiment.
+    """
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"there is no experiment {name!r}; experiments are {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[name]
+    overrides = [*experiment.measured, *(experiment.paper if scale == "paper" else ()), *extra]
+    return [
+        Planned(resolve_run(document(preset), [*overrides, f"seed={seed}"]), out / f"{preset}-seed{seed}")
+        for preset in experiment.presets
+        for seed in seeds
+    ]
+
+
+def unfinished(
+    planned: Sequence[Planned], note: Callable[[str], None] = lambda sentence: None
+) -> list[Planned]:
+    """Return the runs that are still to be made or continued, so that an experiment can be interrupted."""
+    left = []
+    for run in planned:
+        if (run.folder / FILE).is_file() and Run(run.folder).status == "finished":
+            note(f"{run.folder.name} is finished already")
+        else:
+            left.append(run)
+    return left
