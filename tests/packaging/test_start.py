@@ -1,0 +1,41 @@
+"""The command line answers at once, and nothing imports torch before it is needed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+MODULES = {
+    "fedllm.cli": {"torch", "transformers", "flwr", "matplotlib", "pandas", "scipy"},
+    "fedllm.config": {"torch", "transformers", "flwr"},
+    "fedllm.wire": {"torch", "transformers"},
+    "client.app": {"torch", "transformers", "peft"},
+    "server.app": {"torch", "transformers", "peft"},
+    "strategies.registry": {"torch", "transformers", "flwr"},
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_nothing_heavy(module: str) -> None:
+    code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    assert set(json.loads(output)) & MODULES[module] == set()
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    # Processor time, not wall time: what is promised is for an idle machine, and this one may be busy.
+    taken = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [Path(sysconfig.get_path("scripts")) / "fedllm", "--help"]
+        output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert "simulate" in output
+    assert min(taken) < 0.5
