@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from fedllm.models import Model, evaluate, load
 from fedllm.tensors import fingerprint
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One conversion for all tests, away from the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +59,9 @@ def test_beginnings_give_the_tokens_of_whole_articles(name: str, news: tuple[Cor
         assert tokens.batch([index]).input_ids[0].tolist() == ids
 
 
-def test_smollm2_from_the_cache_is_the_gguf_model(
-    news: tuple[Corpus, Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_smollm2_from_the_cache_is_the_gguf_model(news: tuple[Corpus, Corpus]) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
     config = RunConfig(
         model=ModelConfig(name="smollm2", task="causal"),
         data=DataConfig(max_length=32),
