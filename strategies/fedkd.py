@@ -222,7 +222,10 @@ class FedKD(Method):
             tag, _, rest = key.partition("/")
             if tag == "moment":
                 moment, _, name = rest.partition("/")
-                optimizer.state[parameters[name]][moment] = value.clone()
+                parameter = parameters[name]
+                # torch counts AdamW's steps on the CPU wherever the parameter lives.
+                device = value.device if moment == "step" else parameter.device
+                optimizer.state[parameter][moment] = value.to(device, copy=True)
         return optimizer
 
 

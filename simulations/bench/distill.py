@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fedllm.data import Batch, Tokens
 from fedllm.models import Model
 from fedllm.randomness import stream
 from fedllm.student import freeze_embeddings
+from fedllm.tensors import Tensors
 from fedllm.training import descend, minibatches
 from strategies.base import Work
 from strategies.fedkd import FedKD
@@ -78,12 +79,16 @@ def _pair(embeddings: str, repeats: int, steps: int, length: int) -> dict[str, f
     if embeddings == "frozen":
         freeze_embeddings(teacher)
     plain, ours = [], []
-    local: dict[str, torch.Tensor] = {}
+    local: Tensors = {}
     initial = method.initial(student)
     for number in range(1, repeats + 2):
-        plain.append(_seconds(lambda number=number: _fine_tune(teacher, tokens, number)))
+        start = time.process_time()
+        _fine_tune(teacher, tokens, number)
+        turn = time.process_time()
         work = Work("fit", {}, number, 0, 0, 0.0, student, initial, local, tokens, tokens)
-        ours.append(_seconds(lambda work=work: local.update(method.run(work).local)))
+        local = method.run(work).local
+        plain.append(turn - start)
+        ours.append(time.process_time() - turn)
     plain_s, ours_s = (statistics.median(times[1:]) / steps for times in (plain, ours))  # the first warms up
     return {"plain": plain_s, "fedkd": ours_s, "ratio": ours_s / plain_s}
 
@@ -98,9 +103,3 @@ def _fine_tune(teacher: Model, tokens: Tokens, number: int) -> None:
 
     batches = minibatches(tokens, training.batch_size, training.local_steps, stream(0, "batches", number, 0))
     descend(list(teacher.trainable().values()), loss, batches, training)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
