@@ -90,11 +90,9 @@ class NormalFloat4(BlockQuantizer):
 
     def quantize(self, x: Array, bits: int, random: np.random.Generator, out: Codes, scratch: Array) -> Array:
         """See :meth:`BlockQuantizer.quantize`."""
-        largest = np.abs(x, out=scratch).max(axis=1)
-        levels = _levels()
-        nearest(x, (levels[1:] + levels[:-1]) / 2, largest, out)
-        scales: Array = largest
-        return scales
+        largest: Array = np.abs(x, out=scratch).max(axis=1)
+        nearest(x, _levels(), largest, out, scratch)
+        return largest
 
     def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
         """See :meth:`BlockQuantizer.dequantize`."""

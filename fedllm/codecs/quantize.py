@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -168,23 +168,26 @@ class Quantize(BlockQuantizer):
         half = np.float32(_half(bits))
         y = np.abs(x, out=scratch)
         largest = y.max(axis=1)
-        largest[largest < TINY] = 0
-        factor = np.divide(half, largest, out=np.zeros_like(largest), where=largest > 0)
-        np.multiply(x, factor[:, None], out=y)
-        y += half
+        np.multiply(x, half * inverse(largest)[:, None], out=y)
+        if bits < 8:
+            y += half
         if self.stochastic:
             y += dither(random, x.shape)
             np.floor(y, out=y)
+            np.minimum(y, half if bits == 8 else 2 * half, out=y)
         else:
             np.rint(y, out=y)
-        np.copyto(out, np.clip(y, 0, 2 * half, out=y), casting="unsafe")
+        np.copyto(out.view(np.int8) if bits == 8 else out, y, casting="unsafe")
         steps: Array = largest / half
         return steps
 
     def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
         """See :meth:`BlockQuantizer.dequantize`."""
-        np.copyto(out, codes)
-        out -= np.float32(_half(bits))
+        if bits == 8:  # signed as they are, which saves a pass
+            np.copyto(out, codes.view(np.int8))
+        else:
+            np.copyto(out, codes)
+            out -= np.float32(_half(bits))
         out *= scales
 
 
@@ -231,13 +234,19 @@ def signs(x: Array, out: Codes, scratch: Array) -> Array:
     return 2 * means
 
 
-def nearest(x: Array, bounds: npt.NDArray[Any], scales: Array, out: Codes) -> None:
-    """Write the index of the level nearest to x / scale: the number of bounds that x reaches."""
+def nearest(x: Array, levels: Array, scales: Array, out: Codes, scratch: Array) -> None:
+    """Write the index of the level nearest to x / scale: the number of bounds that it reaches."""
+    np.multiply(x, inverse(scales)[:, None], out=scratch)
     reached = np.empty(x.shape, np.bool_)
     out[...] = 0
-    for bound in bounds:
-        np.greater_equal(x, (bound * scales)[:, None], out=reached)
+    for bound in (levels[1:] + levels[:-1]) / 2:
+        np.greater_equal(scratch, bound, out=reached)
         out += reached.view(np.uint8)
+
+
+def inverse(scales: Array) -> Array:
+    """Return 1 / scales, and 0 where a block is as good as zero."""
+    return np.divide(1, scales, out=np.zeros_like(scales), where=scales >= TINY)
 
 
 def blocks(matrix: Array, block: int) -> list[Array]:

@@ -144,7 +144,7 @@ class Eden(BlockQuantizer):
             norm = np.full_like(dot, x.shape[1] * grid[1] ** 2)
         else:
             rms = np.sqrt(energy / np.float32(x.shape[1]))
-            nearest(x, (grid[1:] + grid[:-1]) / 2, rms, out)
+            nearest(x, grid, rms, out, scratch)
             np.take(grid, out, out=scratch, mode="clip")
             dot = np.einsum("nd,nd->n", x, scratch)
             norm = np.einsum("nd,nd->n", scratch, scratch)
