@@ -32,7 +32,7 @@ from strategies.base import Answer, Work
 from strategies.downlink import receive
 from strategies.workshop import Workshop, open_workshop
 
-__all__ = ["answer", "answer_bytes"]
+__all__ = ["answer", "answer_bytes", "open_globals"]
 
 _METHOD, _CODEC = "method/", "codec/"
 """Prefixes under which a node's durable state holds the method's and the codec's part."""
@@ -66,7 +66,8 @@ def answer(content: RecordDict, config: str, place: Place) -> RecordDict:
 
 
 @lru_cache(maxsize=1)
-def _globals(folder: Path) -> GlobalMemory:
+def open_globals(folder: Path) -> GlobalMemory:
+    """Return this process's memory of a run's global tensors."""
     return GlobalMemory(folder)
 
 
@@ -137,7 +138,7 @@ class _Task:
     def _global_tensors(self) -> Tensors | None:
         """Bring this node to the version the server names; ``None`` if it lost what it would start from."""
         instruction, method = self.instruction, self.workshop.method
-        memory = _globals(Path(self.place.shared) / instruction.run)
+        memory = open_globals(Path(self.place.shared) / instruction.run)
         tensors = memory.newest(instruction.digest)
         if tensors is None:
             initial = method.view(self.workshop.initial, self.place.node)

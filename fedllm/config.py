@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedllm.errors import ConfigError
 
@@ -67,7 +67,7 @@ class DataConfig(Section):
     text: str = "text"
     """Column that holds the text."""
     label: str | None = "label"
-    """Column that holds the class; not used by a causal model unless the partition needs it."""
+    """Column that holds the class, "" for none; a causal model uses it only for the partition."""
     classes: tuple[str, ...] = ()
     """Class names in the order of the model's outputs; empty takes those that the texts have, sorted."""
     max_length: int = Field(default=64, ge=1)
@@ -86,6 +86,11 @@ class DataConfig(Section):
     """(k, n): the only client holds what client k of n would hold; the baseline without a federation."""
     by: str | None = None
     """Identity column of the ``natural`` partition."""
+
+    @field_validator("label")
+    @classmethod
+    def _no_label(cls, label: str | None) -> str | None:
+        return label or None
 
 
 class TuningConfig(Section):
@@ -255,6 +260,7 @@ class RunConfig(Section):
     def to_document(self) -> dict[str, Any]:
         """Return the tree as TOML lays it out, unset values left out."""
         document = self.model_dump(mode="json", exclude_none=True)
+        document["data"].setdefault("label", "")  # TOML has no null
         document[self.method] = document.pop("options")
         return document
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.text import Text
 from fedllm.errors import StoreError
 from fedllm.run_database import FILE
 from fedllm.runs import Round, Run
+from fedllm.trackers import Tracker
 
 __all__ = ["Watcher", "size", "watching"]
 
@@ -44,8 +45,9 @@ class Watcher:
     On a terminal the table is redrawn; elsewhere each round adds one line.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, trackers: Sequence[Tracker] = ()) -> None:
         self.console = console
+        self.trackers = trackers
         self._run: Run | None = None
         self._rounds: list[Round] = []
         self._dense: dict[int, tuple[int, int]] = {}
@@ -78,6 +80,9 @@ class Watcher:
             if row["direction"] == "up":
                 self._dense[row["round"]] = (row["bytes"], row["dense"])
         self._rounds += new
+        for tracker in self.trackers:
+            for record in new:
+                tracker.round(record)
         if self._live is not None:
             self._live.update(Group(self._table(), self._now()))
         else:
@@ -154,10 +159,10 @@ def _phase(phase: dict[str, Any]) -> str:
 
 
 @contextmanager
-def watching(folder: Path, console: Console) -> Iterator[None]:
+def watching(folder: Path, console: Console, trackers: Sequence[Tracker] = ()) -> Iterator[None]:
     """Show a run that goes on in this process, or below it, for as long as the block lasts."""
     over = threading.Event()
-    with Watcher(console) as watcher:
+    with Watcher(console, trackers) as watcher:
 
         def look() -> None:
             while not over.wait(_INTERVAL_S):

@@ -16,7 +16,7 @@ _FIRST = {"config.toml", "provenance.json", "rounds.jsonl", "run.db", run_lock.F
 
 _ALL = _FIRST | {
     "run.db-wal", "run.db-shm", "partition.json", "summary.json", "checkpoints", "adapter", "model",
-    "report.html", "plots",
+    "report.html", "plots", "clients", "flower.log",
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ The run store stays the record; a tracker is told of each round after it was com
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -12,7 +14,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.run_database import Round
 
-__all__ = ["MLflow", "TensorBoard", "Tracker"]
+__all__ = ["MLflow", "TensorBoard", "Tracker", "opened"]
 
 
 class Tracker(Protocol):
@@ -115,6 +117,31 @@ class MLflow:
 
     def __exit__(self, *exception: object) -> None:
         self.close("failed" if exception[0] else "finished")
+
+
+@contextmanager
+def opened(names: Sequence[str], folder: Path, config: RunConfig) -> Iterator[list[TensorBoard | MLflow]]:
+    """Open trackers by name for one run.
+
+    Args:
+        names: of ``tensorboard`` (event files in ``tensorboard/`` beside the run) and ``mlflow``.
+        folder: the run folder.
+        config: the run.
+
+    Raises:
+        ConfigError: there is no such tracker, or its library is not installed.
+    """
+    with ExitStack() as stack:
+        made: list[TensorBoard | MLflow] = []
+        for name in names:
+            if name == "tensorboard":
+                logs = folder.parent / "tensorboard" / folder.name
+                made.append(stack.enter_context(TensorBoard(logs, config)))
+            elif name == "mlflow":
+                made.append(stack.enter_context(MLflow(config)))
+            else:
+                raise ConfigError(f"--track {name}: trackers are tensorboard and mlflow")
+        yield made
 
 
 def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:

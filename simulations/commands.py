@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fedllm.errors import ConfigError, RunFailed
 from fedllm.terminal import AsJson, Override, RunDir, Source, console
+
+if TYPE_CHECKING:
+    from fedllm.config import RunConfig
 
 __all__ = ["app"]
 
@@ -36,9 +41,15 @@ def simulate(
         bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
     ] = False,
     report: Annotated[bool, typer.Option(help="Write report.html and plots at the end.")] = True,
+    track: Annotated[list[str] | None, typer.Option(help="Also log to tensorboard or mlflow.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that lies in --out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a federation with all its clients on this host."""
+    from fedllm import run_folder
+    from fedllm.run_database import FILE
     from simulations.catalogue import document
     from simulations.experiment import parse_seeds, plan
 
@@ -58,12 +69,11 @@ def simulate(
             print(run.config.to_toml(), end="")
         return
     for run in planned:
-        if (run.folder / "summary.json").is_file():
-            raise ConfigError(
-                f"{run.folder} holds a run: continue it with fedllm resume, or choose another --out"
-            )
+        if (run.folder / FILE).is_file():
+            run_folder.require_free(run.folder, overwrite)
+            run_folder.clear(run.folder)
     for run in planned:
-        _simulate(run.config, run.folder, engine, workers, threads)
+        _simulate(run.config, run.folder, engine, workers, threads, track or [])
         if report:
             _report(run.folder)
     _conclude([run.folder for run in planned], as_json)
@@ -89,11 +99,14 @@ def resume(
     _conclude([run_dir], as_json)
 
 
-def _simulate(config: Any, folder: Path, engine: str, workers: int, threads: int | None) -> None:
+def _simulate(
+    config: RunConfig, folder: Path, engine: str, workers: int, threads: int | None, track: Sequence[str] = ()
+) -> None:
+    from fedllm import trackers
     from fedllm.live import watching
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    with watching(folder, console):
+    with trackers.opened(track, folder, config) as opened, watching(folder, console, opened):
         if engine == "flower":
             from simulations.flower import simulate as run_on_flower
 
@@ -165,7 +178,7 @@ def codecs(as_json: AsJson = False) -> None:
 
     from fedllm.codecs.catalogue import catalogue
 
-    rows = catalogue()
+    rows = [dataclasses.asdict(entry) for entry in catalogue()]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -243,7 +256,7 @@ def reproduce(
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a paper's experiment and its references over several seeds; interrupted, it goes on where it was."""
+    """Run a paper's experiment and its references over seeds; it goes on where it was interrupted."""
     from simulations.experiment import parse_seeds
     from simulations.reproduce import lay_out, unfinished
 

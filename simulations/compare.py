@@ -86,12 +86,16 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
 
 def settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group runs that differ in nothing but seed and name; keys are short names for people."""
+    """Group runs that differ in nothing but seed, name and, without a federation, the client that trains.
+
+    Keys are short names for people.
+    """
     groups: dict[tuple[str, int], list[Run]] = {}
-    times_seen: Counter[tuple[str, int]] = Counter()
+    times_seen: Counter[tuple[Any, ...]] = Counter()
     for run in runs:
-        setting = run.config.model_copy(update={"seed": 0, "name": ""}).to_json()
-        same = (setting, run.config.seed)
+        data = run.config.data.model_copy(update={"part": None})
+        setting = run.config.model_copy(update={"seed": 0, "name": "", "data": data}).to_json()
+        same = (setting, run.config.seed, run.config.data.part)
         groups.setdefault((setting, times_seen[same]), []).append(run)
         times_seen[same] += 1
     named: dict[str, list[Run]] = {}
@@ -137,10 +141,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
 
 def _row(name: str, group: Sequence[Run]) -> dict[str, Any]:
     summaries = [run.summary for run in group]
-    by_seed = {
-        metric: {s["seed"]: s["metrics"][metric] for s in summaries if s["metrics"][metric] is not None}
-        for metric in _METRICS
-    }
+    by_seed = {metric: _by_seed(summaries, metric) for metric in _METRICS}
     return {
         "name": name,
         "runs": [
@@ -153,6 +154,15 @@ def _row(name: str, group: Sequence[Run]) -> dict[str, Any]:
         "seconds": fmean(s["seconds"]["total"] for s in summaries),
         "by_seed": by_seed,
     }
+
+
+def _by_seed(summaries: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """Return a metric by seed: its mean where every client trained for itself."""
+    values: dict[int, list[float]] = {}
+    for summary in summaries:
+        if summary["metrics"][metric] is not None:
+            values.setdefault(summary["seed"], []).append(summary["metrics"][metric])
+    return {seed: fmean(own) for seed, own in values.items()}
 
 
 def _relate(row: dict[str, Any], reference: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ def plan(
     """
     runs: list[tuple[str, RunConfig]] = []
     for values in sweep(overrides):
-        for seed in seeds or [None]:
+        for seed in seeds or (None,):
             chosen = [*values, *([] if seed is None else [f"seed={seed}"])]
             config = resolve_run(document, chosen)
             label = "-".join([*_varying(values, overrides), *([] if seed is None else [f"seed{seed}"])])

@@ -50,16 +50,11 @@ def predict(folder: Path, texts: list[str]) -> list[dict[str, Any]]:
         return [{"text": text, "continuation": _continue(model, text)} for text in texts]
     with torch.inference_mode():
         logits = model.module(**encoded).logits
-    answers = []
-    for text, row in zip(texts, logits.softmax(-1).tolist(), strict=True):
-        probabilities = dict(zip(model.labels, row, strict=True))
-        answers.append(
-            {
-                "text": text,
-                "label": max(probabilities, key=probabilities.__getitem__),
-                "probabilities": probabilities,
-            }
-        )
+    answers: list[dict[str, Any]] = []
+    for text, row in zip(texts, logits.softmax(-1), strict=True):
+        probabilities = dict(zip(model.labels, row.tolist(), strict=True))
+        label = model.labels[int(row.argmax())]
+        answers.append({"text": text, "label": label, "probabilities": probabilities})
     return answers
 
 

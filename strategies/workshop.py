@@ -41,7 +41,7 @@ class Workshop:
         where = self.config.data
         if self.own_data:
             where = where.model_copy(update={"path": self.own_data})
-        return data.load(where, self.config.model.task)
+        return data.load(where, self.config.model.task, self.config.data.classes or None)
 
     @cached_property
     def split(self) -> tuple[Corpus, Corpus]:
@@ -69,14 +69,20 @@ class Workshop:
         return load_method(self.config.method)(self.config)
 
     @cached_property
+    def _built(self) -> tuple[Model, Tensors]:
+        # The initial tensors are read at once, before anybody can write others into the model.
+        model = self.method.build(self.corpus.label_names)
+        return model, self.method.initial(model)
+
+    @property
     def model(self) -> Model:
         """The one model of this process; whoever uses it writes tensors into it first."""
-        return self.method.build(self.corpus.label_names)
+        return self._built[0]
 
-    @cached_property
+    @property
     def initial(self) -> Tensors:
         """Global tensors of version 0."""
-        return self.method.initial(self.model)
+        return self._built[1]
 
     @cached_property
     def test_tokens(self) -> Tokens:
