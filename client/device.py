@@ -198,7 +198,8 @@ def _line(device: Device, processes: _Processes, reason: str | None) -> str:
     progress = processes.progress
     doing = f"paused {reason}" if reason and not progress.busy else progress.doing
     pid = processes.worker.pid
-    held = f"worker {resident_bytes(pid) / 1e6:.0f} MB" if pid is not None else "worker down"
+    # In steps of 0.1 GB, so that a log is not filled with every breath of the allocator.
+    held = f"worker {resident_bytes(pid) / 1e9:.1f} GB" if pid is not None else "worker down"
     parts = [
         f"node {device.bundle.node} of {device.bundle.server}",
         doing,
