@@ -173,15 +173,15 @@ class _Task:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.config.seed, "torch", *self.at, node) % 2**63)
             answered = method.evaluate(work) if work.kind == "evaluate" else method.run(work)
-        residuals = _part(local, _CODEC)
+        before = _part(local, _CODEC)
         if instruction.kind != "fit":
-            return answered, residuals, pack(answered.tensors)
+            return answered, before, pack(answered.tensors)
         answered = _clip(answered, self.config.privacy.clip)
         context = CodecContext(self.config.seed, ("up", *self.at, node), instruction.progress)
         codec = parse(self.config.codec.up)
-        payload, residuals = codec.encode(answered.tensors, residuals, context)
+        payload, residuals = codec.encode(answered.tensors, before, context)
         if self.config.codec.up != "none":
-            decoded, _ = codec.decode(payload, spec_of(answered.tensors), {}, context)
+            decoded, _ = codec.decode(payload, spec_of(answered.tensors), before, context)
             answered.metrics["error_up"] = _relative_error(decoded, answered.tensors)
         return answered, residuals, payload
 

@@ -182,9 +182,10 @@ def codecs(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(*rows[0])
+    table = Table("stage", "bits per value", "properties of the example", "what it does")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        properties = [name for name in ("linear", "unbiased", "contractive", "stateful") if row[name]]
+        table.add_row(row["name"], row["bits"], ", ".join(properties), f"{row['summary']}\n{row['example']}")
     Console().print(table)
 
 

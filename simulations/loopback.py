@@ -136,12 +136,16 @@ class LoopbackGrid(Grid):
             while self._queue:
                 message = self._queue.popleft()
                 if message.metadata.message_id in wanted:
-                    return [_answer(message, message.metadata.dst_node_id - 1, self._run_config)]
+                    return [client_app(message, self.context(message.metadata.dst_node_id - 1))]
             return []
         done, _ = wait(self._flying, timeout=1.0, return_when=FIRST_COMPLETED)
         finished = [(future.result(), self._flying.pop(future)) for future in done]
         replies = [Message(wire.decode(data), reply_to=message) for data, message in finished]
         return [reply for reply in replies if reply.metadata.reply_to_message_id in wanted]
+
+    def context(self, node: int) -> Context:
+        """Return the Flower context in which client ``node`` answers."""
+        return _context(node + 1, node, self._run_config)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -165,10 +169,6 @@ def _context(flower_id: int, partition: int, run_config: dict[str, str]) -> Cont
         state=RecordDict(),
         run_config=dict(run_config),
     )
-
-
-def _answer(message: Message, node: int, run_config: dict[str, str]) -> Message:
-    return client_app(message, _context(message.metadata.dst_node_id, node, run_config))
 
 
 def _enter_pool(threads: int) -> None:

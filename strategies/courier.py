@@ -12,7 +12,7 @@ from fedllm.codecs import parse
 from fedllm.codecs.base import CodecContext
 from fedllm.config import RunConfig
 from fedllm.errors import RejectedReply, WireError
-from fedllm.tensors import Spec, dense_bytes, digest, spec_of, unpack
+from fedllm.tensors import Spec, Tensors, dense_bytes, digest, spec_of, unpack
 from fedllm.wire import Instruction
 from strategies import gates
 from strategies.base import Exchange, Method, Reply, State
@@ -36,6 +36,7 @@ class OpenExchange:
         accepted: replies that counted.
         answered: clients that need not be waited for, whatever they answered.
         resent: clients that had lost their version and were sent the tensors whole.
+        estimates: next receiver states of the uplink codec, by client; they count once the round does.
     """
 
     exchange: Exchange
@@ -47,6 +48,7 @@ class OpenExchange:
     accepted: dict[int, wire.Reply] = field(default_factory=dict)
     answered: set[int] = field(default_factory=set)
     resent: set[int] = field(default_factory=set)
+    estimates: dict[int, Tensors] = field(default_factory=dict)
 
     @property
     def enough(self) -> bool:
@@ -60,12 +62,14 @@ class Courier:
     Attributes:
         run: identity of the run, as clients file their state under.
         downlink: what each node is known to hold.
+        estimates: receiver state of the uplink codec by client (EF21's); empty for most codecs.
     """
 
     def __init__(self, config: RunConfig, method: Method) -> None:
         self.config, self.method = config, method
         self.run = f"{config.name}-{config.seed}"
         self.downlink = Downlink(config, method)
+        self.estimates: dict[int, Tensors] = {}
         self._digests: dict[int, int] = {}
         self._digests_of = -1
 
@@ -124,7 +128,12 @@ class Courier:
             raise WireError(f"answers exchange {(reply.round, reply.index)}, asked was {at}")
         if kind == "fit":
             context = CodecContext(self.config.seed, ("up", *at, node), self._progress(opened))
-            tensors, _ = parse(self.config.codec.up).decode(reply.payload, expected, {}, context)
+            # A client that lost its state begins a new estimate, and so does the server.
+            estimate = {} if "state_lost" in reply.metrics else self.estimates.get(node, {})
+            codec = parse(self.config.codec.up)
+            tensors, after = codec.decode(reply.payload, expected, estimate, context)
+            if after:
+                opened.estimates[node] = after
         else:
             tensors = unpack(reply.payload, expected)
         gates.check(tensors, expected, max_norm=self.config.server.max_update_norm)

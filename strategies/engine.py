@@ -107,6 +107,9 @@ class Engine(Strategy):
         self._courier.downlink.first = facts["first"]
         self._courier.downlink.increments = [increments[key].numpy().tobytes() for key in sorted(increments)]
         self._courier.downlink.known = {int(node): version for node, version in facts["known"].items()}
+        for key, value in groups["estimates"].items():
+            node, _, name = key.partition("/")
+            self._courier.estimates.setdefault(int(node), {})[name] = value
         self._counted = {int(node): (at[0], at[1]) for node, at in facts["counted"].items()}
         self._roster.quarantined = set(facts["quarantined"])
 
@@ -118,7 +121,16 @@ class Engine(Strategy):
         checkpoint.save(
             self.store.folder / "checkpoints",
             self.completed,
-            {"tensors": self.state.tensors, "memory": self.state.memory, "increments": increments},
+            {
+                "tensors": self.state.tensors,
+                "memory": self.state.memory,
+                "increments": increments,
+                "estimates": {
+                    f"{node}/{name}": value
+                    for node, estimate in self._courier.estimates.items()
+                    for name, value in estimate.items()
+                },
+            },
             {
                 "version": self.state.version,
                 "first": self._courier.downlink.first,
@@ -248,6 +260,7 @@ class Engine(Strategy):
         config = self.config
         acc = self.method.begin(self.state, number)
         counted, taking_part = dict(self._counted), dict[int, wire.Reply]()
+        estimates: dict[int, Tensors] = {}
         cohort = sample(available, config.cohort + config.server.over_select, config.seed, number)
         nodes, wanted = (available, len(available)) if number == 0 else (cohort, config.cohort)
         index = 0
@@ -259,8 +272,10 @@ class Engine(Strategy):
                 self._counted = counted
                 return acc, None
             taking_part |= accepted
+            estimates |= {node: self._open.estimates.get(node, {}) for node in accepted}
             self._counted |= dict.fromkeys(accepted, (number, index))
             nodes, wanted, index = sorted(accepted), len(accepted), index + 1
+        self._courier.estimates |= {node: estimate for node, estimate in estimates.items() if estimate}
         return acc, taking_part
 
     def _hold(self, grid: Grid, number: int) -> None:

@@ -55,6 +55,10 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> R
 
     config = resolve(document, overrides, methods=method_names(), options=method_options)
     load_method(config.method)(config)
-    for direction in ("up", "down"):
-        parse(getattr(config.codec, direction))
+    parse(config.codec.up)
+    if "ef21" in str(parse(config.codec.down)):
+        raise ConfigError(
+            f'codec.down = "{config.codec.down}": ef21 needs an estimate that a client which was not asked '
+            "for a while does not have; use error_feedback"
+        )
     return config

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Context, Message
 
 from client.place import CONFIG_KEY, FOLDER_KEY
 from fedllm.config import RunConfig
@@ -27,6 +27,16 @@ class FaultyGrid(LoopbackGrid):
         return [reply for reply in passed if reply is not None]
 
 
+class DeviceGrid(FaultyGrid):
+    """Clients that share nothing: each has a state folder of its own, as a device has."""
+
+    def context(self, node: int) -> Context:
+        context = super().context(node)
+        state = Path(context.run_config[FOLDER_KEY]).parent / "devices" / str(node)
+        context.node_config["state-dir"] = str(state)
+        return context
+
+
 def configuration(encoder: Path, texts: Path, **sections: Any) -> RunConfig:
     """Six clients, three a round, five rounds of two short steps."""
     sections.setdefault("tuning", {"rank": 2, "alpha": 4.0, "targets": ("query", "value")})
@@ -44,11 +54,15 @@ def configuration(encoder: Path, texts: Path, **sections: Any) -> RunConfig:
     )
 
 
-def run(config: RunConfig, folder: Path, fault: Fault | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    folder: Path,
+    fault: Fault = lambda reply: reply,
+    grid_of: type[FaultyGrid] = FaultyGrid,
+) -> dict[str, Any]:
     """Conduct a run, or continue the one in the folder."""
     run_config = {CONFIG_KEY: config.to_json(), FOLDER_KEY: str(folder)}
-    with loopback(config.clients, run_config) as grid:
-        if fault is not None:
-            grid = FaultyGrid(config.clients, run_config, None)
-            grid.fault = fault
+    with loopback(config.clients, run_config):
+        grid = grid_of(config.clients, run_config, None)
+        grid.fault = fault  # type: ignore[method-assign,assignment]
         return conduct(grid, config, folder)

@@ -12,9 +12,9 @@ from flwr.app import Message
 
 from client.memory import START, GlobalMemory, NodeMemory
 from client.worker import open_globals
-from fedllm.config import RunConfig
+from fedllm.config import CodecConfig, RunConfig
 from fedllm.runs import Run
-from tests.rounds.federation import configuration, run
+from tests.rounds.federation import DeviceGrid, configuration, run
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -64,6 +64,23 @@ def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     return run(config, tmp_path_factory.mktemp("memory") / "run")
 
 
+@pytest.mark.parametrize("codec", ["ef21(top_k(fraction=0.2))", "error_feedback(top_k(fraction=0.2))"])
+def test_what_a_codec_carries_survives_a_restart_of_both_sides(
+    codec: str, config: RunConfig, tmp_path: Path
+) -> None:
+    carried = config.model_copy(update={"codec": CodecConfig(up=codec)})
+    undisturbed = run(carried, tmp_path / "undisturbed")
+    folder = tmp_path / "run"
+
+    def stop(message: Message) -> Message:
+        if message.metadata.group_id == "3":
+            Run(folder).post_command("stop", by="test")
+        return message
+
+    run(carried, folder, stop)
+    assert run(carried, folder)["state_sha256"] == undisturbed["state_sha256"]
+
+
 def test_lost_replies_neither_lose_nor_double_a_residual(
     config: RunConfig, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -92,13 +109,21 @@ def test_a_node_that_lost_its_global_tensors_is_sent_them_whole(
             Run(folder).post_command("stop", by="test")
         return message
 
-    assert run(config, folder, stop)["status"] == "stopped"
-    for path in folder.glob("clients/**/global-*"):
+    assert run(config, folder, stop, DeviceGrid)["status"] == "stopped"
+    for path in tmp_path.glob("devices/**/global-*"):
         path.unlink()
     open_globals.cache_clear()  # as in a new process
-    summary = run(config, folder)
+    summary = run(config, folder, grid_of=DeviceGrid)
     assert summary["state_sha256"] == undisturbed["state_sha256"]
     assert summary["bytes"]["down"] > undisturbed["bytes"]["down"]
+
+
+def test_devices_that_share_nothing_give_the_same_bits_and_bytes(
+    config: RunConfig, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    summary = run(config, tmp_path / "run", grid_of=DeviceGrid)
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert summary["bytes"] == undisturbed["bytes"]
 
 
 def test_a_node_that_lost_its_own_state_says_so(config: RunConfig, tmp_path: Path) -> None:
