@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(params=method_names())
 def config(request: pytest.FixtureRequest, tiny_encoder: Path, tiny_texts: Path) -> RunConfig:
-    options = load_method(request.param).Options().model_dump(mode="json")
+    options = load_method(request.param).Options().model_dump(mode="json", exclude_none=True)
     return configuration(tiny_encoder, tiny_texts, method=request.param, options=options)
 
 
