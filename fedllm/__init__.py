@@ -1,1 +1,1 @@
-"""Federated fine-tuning of language models: the library under the strategies, the apps and the simulations."""
+"""Federated fine-tuning of language models: the library under strategies, apps and simulations."""
