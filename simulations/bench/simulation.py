@@ -21,7 +21,7 @@ import psutil
 from fedllm.errors import RunFailed
 from simulations.flower import App, run_app
 
-__all__ = ["MEMORY_CLIENTS", "WORK", "Work", "render", "run"]
+__all__ = ["MEMORY_CLIENTS", "WORK", "Work", "run"]
 
 PEER = App("simulations.bench.peer.server_app:app", "simulations.bench.peer.client_app:app")
 MEMORY_CLIENTS = (10, 100, 1000)
@@ -58,7 +58,7 @@ def run(*, repeats: int = 1, clients: Sequence[int] = MEMORY_CLIENTS) -> dict[st
 
     Returns:
         ``work``: per amount of work, seconds and ratios; ``memory``: peak bytes of all processes per number
-        of clients, and ``bytes_per_client`` between the last two of them.
+        of clients, and ``bytes_per_client`` between the last two of them, also in adapters.
     """
     with tempfile.TemporaryDirectory(prefix="fedllm-bench-") as folder:
         root = Path(folder)
@@ -110,8 +110,8 @@ def _bare(work: Work) -> float:
     return float(json.loads(output)["steps_s"])
 
 
-def _ours(work: Work, root: Path, *overrides: str) -> int:
-    """Run ``fedllm simulate``; return the peak resident bytes of all its processes together."""
+def _ours(work: Work, root: Path, *overrides: str) -> tuple[int, dict[str, Any]]:
+    """Run ``fedllm simulate``; return the peak resident bytes of all its processes, and its summary."""
     with tempfile.TemporaryDirectory(dir=root) as folder:
         settings = [
             f"clients={work.clients}",
@@ -126,12 +126,12 @@ def _ours(work: Work, root: Path, *overrides: str) -> int:
         command = [str(Path(sysconfig.get_path("scripts")) / "fedllm"), "simulate", "quickstart", "--json"]
         command += ["--no-report", "--out", str(Path(folder) / "run")]
         command += [part for setting in settings for part in ("--set", setting)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         peak = _PeakMemory(process.pid)
-        _, errors = process.communicate()
+        output, errors = process.communicate()
         if process.returncode != 0:
             raise RunFailed(f"the measured run failed: {errors.decode(errors='replace').strip()[-500:]}")
-        return peak.bytes()
+        return peak.bytes(), json.loads(output)
 
 
 class _PeakMemory:
@@ -163,21 +163,17 @@ def _resident(process: psutil.Process) -> int:
 
 
 def _memory(clients: Sequence[int], root: Path) -> dict[str, Any]:
-    peaks = {}
+    """Run 20 of ever more virtual clients a round, two rounds of one step."""
+    peaks: dict[int, int] = {}
     for count in clients:
-        sample = f"server.sample={min(count, 20)}"
-        peaks[count] = _ours(Work(count, rounds=2, steps=1), root, sample)
+        sampled = min(count, 20)
+        peaks[count], summary = _ours(Work(count, rounds=2, steps=1), root, f"server.sample={sampled}")
+        adapter = summary["bytes"]["dense_up"] / (2 * sampled)
     (fewer, low), (more, high) = list(peaks.items())[-2:]
-    return {"peak_rss_bytes": peaks, "bytes_per_client": (high - low) / (more - fewer)}
-
-
-def render(result: dict[str, Any]) -> str:
-    """Say the result in a few lines of text."""
-    lines = [f"{'':34}{'peer':>9}{'ours':>9}{'bare':>9}{'wall':>8}{'overhead':>10}"]
-    for name, row in result["work"].items():
-        seconds = "".join(f"{row[key]:8.1f}s" for key in ("peer_s", "ours_s", "bare_s"))
-        lines.append(f"{name:34}{seconds}{row['wall_ratio']:7.2f}x{row['overhead_ratio']:9.2f}x")
-    for clients, peak in result["memory"]["peak_rss_bytes"].items():
-        lines.append(f"{clients:5} virtual clients{peak / 2**20:12.0f} MiB at most")
-    lines.append(f"{result['memory']['bytes_per_client'] / 1024:.1f} KiB for each further virtual client")
-    return "\n".join(lines)
+    per_client = (high - low) / (more - fewer)
+    return {
+        "peak_rss_bytes": peaks,
+        "bytes_per_client": per_client,
+        "adapter_bytes": adapter,
+        "adapters_per_client": per_client / adapter,
+    }
