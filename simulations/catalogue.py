@@ -51,14 +51,35 @@ def _read(path: Path) -> Preset:
 def document(source: str) -> dict[str, Any]:
     """Return the settings of a preset or of a TOML file; a file without a name is called after itself.
 
+    Settings may start from a preset, which they name under ``extends``, and say only what differs.
+
     Raises:
         ConfigError: there is neither.
     """
     path = Path(source)
     if path.suffix == ".toml" or path.is_file():
-        return {"name": path.stem, **read_toml(path)}
-    for preset in presets():
-        if preset.name == source:
-            return {"name": preset.name, **preset.settings}
-    names = ", ".join(preset.name for preset in presets())
-    raise ConfigError(f"{source!r} is neither a TOML file nor a preset; presets are {names}")
+        settings = {"name": path.stem, **read_toml(path)}
+    else:
+        settings = {"name": source, **_named(source).settings}
+    base = settings.pop("extends", None)
+    return settings if base is None else _merge(document(str(base)), settings)
+
+
+def _named(name: str) -> Preset:
+    found = {preset.name: preset for preset in presets()}
+    if name not in found:
+        raise ConfigError(f"{name!r} is neither a TOML file nor a preset; presets are {', '.join(found)}")
+    return found[name]
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes``, sections merged key by key.
+
+    >>> _merge({"codec": {"up": "none"}, "seed": 0}, {"codec": {"down": "none"}})
+    {'codec': {'up': 'none', 'down': 'none'}, 'seed': 0}
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
