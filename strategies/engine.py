@@ -293,7 +293,7 @@ class Engine(Strategy):
 
         converse(
             grid,
-            (self._message(node) for node in opened.nodes),
+            self.configure_train(number, ArrayRecord(), None, grid),
             receive=receive,
             enough=lambda: opened.enough,
             deadline_s=self.config.server.deadline_s,
