@@ -152,15 +152,17 @@ def test_teachers_of_one_process_do_not_mix(start: Start) -> None:
     assert len(teachers) == 4
 
 
-def test_a_killed_client_goes_on_with_its_own_teacher(start: Start, tmp_path: Path) -> None:
-    client = start()
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_killed_client_goes_on_with_its_own_teacher(start: Start, tmp_path: Path, optimizer: str) -> None:
+    client = start(teacher_optimizer=optimizer)
     kept = client.fit().local
     uninterrupted = client.fit(local=kept, round=2)
     save_file(kept, tmp_path / "local.safetensors")
-    resumed = start().fit(local=load_file(tmp_path / "local.safetensors"), round=2)
+    restarted = start(teacher_optimizer=optimizer)
+    resumed = restarted.fit(local=load_file(tmp_path / "local.safetensors"), round=2)
     assert fingerprint(resumed.local) == fingerprint(uninterrupted.local)
     assert fingerprint(resumed.tensors) == fingerprint(uninterrupted.tensors)
-    anew = start().fit(round=2)
+    anew = restarted.fit(round=2)
     assert fingerprint(_part(resumed.local, "teacher/")) != fingerprint(_part(anew.local, "teacher/"))
 
 
