@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tomli_w
 
@@ -23,7 +23,7 @@ from fedllm.runs import Run as StoredRun
 from fedllm.store import RunStore
 from server.control import Control, Run, build_bundle
 
-__all__ = ["Submitted", "find", "follow", "resume", "stop", "submit"]
+__all__ = ["Submitted", "bundle_of", "find", "follow", "resume", "stop", "submit"]
 
 POLL_SECONDS = 0.5
 POLITE_SECONDS = 30.0
@@ -118,12 +118,18 @@ def stop(control: Control, run: Submitted) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def app_bundle() -> bytes:
-    """Build the Flower app bundle: the names of the two apps and the keys of their run configuration."""
+def bundle_of(serverapp: str, clientapp: str, config: Mapping[str, Any]) -> bytes:
+    """Build a Flower app bundle that only names two apps, each as ``module:attribute`` of installed modules.
+
+    Args:
+        serverapp: the server's half.
+        clientapp: the nodes' half.
+        config: keys of the run configuration, with their defaults.
+    """
     flower = {
         "publisher": "fedllm",
-        "components": {"serverapp": "server.app:app", "clientapp": "client.app:app"},
-        "config": {"fedllm": "", "run-dir": ""},
+        "components": {"serverapp": serverapp, "clientapp": clientapp},
+        "config": dict(config),
     }
     project = {"name": "fedllm", "version": version("fedllm"), "license": "Apache-2.0"}
     document = tomli_w.dumps({"project": project, "tool": {"flwr": {"app": flower}}})
@@ -131,7 +137,9 @@ def app_bundle() -> bytes:
 
 
 def _start(federation: Path, control: Control, config: RunConfig, folder: Path) -> Submitted:
-    number = control.start(app_bundle(), {"fedllm": config.to_json(), "run-dir": str(folder)})
+    values = {"fedllm": config.to_json(), "run-dir": str(folder)}
+    bundle = bundle_of("server.app:app", "client.app:app", dict.fromkeys(values, ""))
+    number = control.start(bundle, values)
     numbers = {**_numbers(federation), folder.name: number}
     replace_file(_register(federation), to_json(numbers))
     return Submitted(number, folder)

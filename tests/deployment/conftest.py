@@ -13,10 +13,11 @@ import pytest
 
 from client.checks import Bundle
 from fedllm.processes import Child, open_log
-from server.control import Control, Run, build_bundle
+from server.control import Control, Run
 from server.provision import provision
+from server.submit import bundle_of
 
-IDLE = Path(__file__).parent / "idle"
+IDLE = "simulations.bench.deployed.idle"
 
 
 def free_port() -> int:
@@ -60,8 +61,8 @@ def supernodes(bundles: list[Bundle], folder: Path) -> Iterator[list[Child]]:
 
 def idle_run(control: Control, nodes: int, rounds: int = 1) -> Run:
     """Run the do-nothing app to its end."""
-    bundle = build_bundle({path.name: path.read_bytes() for path in IDLE.iterdir() if path.is_file()})
-    number = control.start(bundle, {"rounds": rounds, "nodes": nodes})
+    config = {"rounds": rounds, "clients": nodes, "out": ""}
+    number = control.start(bundle_of(f"{IDLE}_server:app", f"{IDLE}_client:app", config), config)
     until(lambda: control.run(number).status == "finished", 120.0)
     return control.run(number)
 

@@ -110,6 +110,10 @@ class Federation:
             lambda: (run.folder / "run.db").exists() and any(row.round >= number for row in _rounds(run)), 180
         )
 
+    def restart_link(self, stack: contextlib.ExitStack) -> None:
+        """Start another SuperLink on the same folder, as ``fedllm server`` does when one has died."""
+        self.link = stack.enter_context(open_link(self.folder))
+
     def close(self) -> None:
         for child in self.devices.values():
             os.kill(child.pid, signal.SIGTERM)
