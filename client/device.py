@@ -31,6 +31,9 @@ from fedllm.processes import Child, interruptible, open_log
 
 __all__ = ["Device", "join", "parse_bytes", "state_folder"]
 
+NOT_ACTIVATED = 2004
+"""Flower's code for a node that may not connect: unknown, or not yet known to have left."""
+
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**2, "GI": 1024**3}
 
 
@@ -98,12 +101,15 @@ class _Progress:
     round: str = ""
     answers: int = 0
     busy: bool = False
+    refused: bool = False
 
     def read(self, line: str) -> None:
         if found := re.search(r"ROUND (\S+)\]", line):
             self.round = found[1]
         elif "SuperNode ID:" in line:
-            self.doing = "waiting for work"
+            self.doing, self.refused = "waiting for work", False
+        elif f"[code: {NOT_ACTIVATED}]" in line:
+            self.refused = True
         elif "Receiving:" in line:
             self.doing, self.busy = f"working on round {self.round}", True
         elif "Sent successfully" in line or "Ignoring reply" in line or "Failed to send" in line:
@@ -188,10 +194,18 @@ def _revive(device: Device, processes: _Processes, report: Callable[[str], None]
     if ended := processes.supernode.tend():
         processes.progress.doing, processes.progress.busy = "connecting", False
         report(ended)
-        if not device.insecure:
-            for finding in check(device.bundle, state=device.state, memory=device.memory):
-                if not finding.good:
-                    report(f"{finding.name}: {finding.sentence}")
+        _explain(device, processes.progress, report)
+
+
+def _explain(device: Device, progress: _Progress, report: Callable[[str], None]) -> None:
+    """Say why the SuperNode may have ended, and what to mend."""
+    if device.insecure:
+        return
+    bad = [item for item in check(device.bundle, state=device.state, memory=device.memory) if not item.good]
+    for finding in bad:
+        report(f"{finding.name}: {finding.sentence}")
+    if progress.refused and not bad:
+        report("the server still counts this node's last connection; it lets the node in within a minute")
 
 
 def _line(device: Device, processes: _Processes, reason: str | None) -> str:
