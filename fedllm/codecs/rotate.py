@@ -21,7 +21,7 @@ from fedllm.errors import ConfigError
 
 __all__ = ["Eden", "Rotate", "hadamard"]
 
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 """Values transformed at once: with one buffer beside them they stay in a second-level cache."""
 
 DENSE = 64

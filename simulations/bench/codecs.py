@@ -1,8 +1,8 @@
 """Speed, size and error of the update codecs, beside bitsandbytes, an EDEN reference and memcpy.
 
 All is timed in one process, codec and peer in turn, so that what else the machine does hits both. Times are
-wall-clock medians; MB/s count float32 values. ``codecs`` are whole messages, with frame, checksum and checks for
-finite values; ``ratios`` set the one stage that a peer has against that peer.
+wall-clock medians; MB/s count float32 values. ``codecs`` are whole messages, with frame, checksum and checks
+for finite values; ``ratios`` set the one stage that a peer has against that peer.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def _stages(x: torch.Tensor) -> Jobs:
     """Return what the peers do, as our stages do it."""
     rows, context, coder = [x.numpy()[None]], CodecContext(), Packed()
     jobs: Jobs = {"stage rotation": lambda: Rotate().encode(rows, context)}
-    for name, quantizer in {"int8": Quantize(8), "int4": Quantize(4), "nf4": NormalFloat4()}.items():
+    quantizers: dict[str, Quantizer] = {"int8": Quantize(8), "int4": Quantize(4), "nf4": NormalFloat4()}
+    for name, quantizer in quantizers.items():
         body = b"".join(quantizer.encode(rows, coder, context))
         jobs[f"stage {name} encode"] = partial(quantizer.encode, rows, coder, context)
         jobs[f"stage {name} decode"] = partial(_decoded, quantizer, body, (1, x.numel()), context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -271,10 +272,10 @@ def test_integers_are_refused(row: Row) -> None:
 def test_huge_values_are_kept_or_refused(row: Row) -> None:
     message = {"a": normal(100, 90) * 1e38, "b": normal(3)}
     message["a"].clamp_(-3e38, 3e38)
-    try:
-        round_trip(parse(row.text), message)
-    except CodecError as error:
-        assert "cannot encode values" in str(error)
+    with contextlib.suppress(CodecError):
+        payload, _ = parse(row.text).encode(message, {}, CONTEXT)
+        decoded, _ = parse(row.text).decode(payload, spec_of(message), {}, CONTEXT)
+        assert all(tensor.isfinite().all() for tensor in decoded.values())
 
 
 @table
