@@ -1,0 +1,159 @@
+"""What a device does by itself: pace, restarts, pauses, one client per state folder."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import namedtuple
+from itertools import pairwise
+from pathlib import Path
+
+import filelock
+import psutil
+import pytest
+
+from client.checks import Bundle
+from client.device import Device, join
+from client.supernode import Pace
+from client.watch import Kept, resident_bytes
+from fedllm.errors import ConfigError
+from fedllm.processes import Child, open_log
+from server.provision import provision
+from tests.deployment.conftest import free_port, until
+
+Battery = namedtuple("Battery", ["power_plugged"])
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return Bundle.read(provision(tmp_path / "federation", "localhost", 1, port=free_port())[0])
+
+
+def test_a_state_folder_serves_one_client(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "state/lock"),
+        pytest.raises(ConfigError, match="another client uses"),
+    ):
+        join(Device(bundle, tmp_path / "state"), report=lambda said: None, stop=threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("battery", "asked", "reason"),
+    [
+        (Battery(power_plugged=False), True, "on battery"),
+        (Battery(power_plugged=True), True, None),
+        (Battery(power_plugged=False), False, None),
+        (None, True, None),
+    ],
+)
+def test_a_pause_on_battery(
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    battery: Battery | None,
+    asked: bool,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    assert Device(bundle, tmp_path, pause_on_battery=asked).reason_to_pause() == reason
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("GENERAL.METERED:yes\nGENERAL.METERED:no", "on a metered link"),
+        ("GENERAL.METERED:yes (guessed)", "on a metered link"),
+        ("GENERAL.METERED:no\nGENERAL.METERED:unknown", None),
+        ("", None),
+    ],
+)
+def test_a_pause_on_a_metered_link(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, reason: str | None
+) -> None:
+    program = tmp_path / "nmcli"
+    program.write_text(f"#!/bin/sh\nprintf '{answer}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert Device(bundle, tmp_path, pause_on_metered=True).reason_to_pause() == reason
+
+
+def test_a_paused_device_starts_nothing(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: Battery(power_plugged=False), raising=False)
+    lines: list[str] = []
+    stop = threading.Event()
+    device = Device(bundle, tmp_path / "state", pause_on_battery=True)
+    thread = threading.Thread(
+        target=join, args=(device,), kwargs={"report": lines.append, "status": lines.append, "stop": stop}
+    )
+    thread.start()
+    until(lambda: lines, 10)
+    stop.set()
+    thread.join()
+    assert "paused on battery" in lines[0]
+    assert "worker down" in lines[0]
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_the_pace_follows_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, slept = [0.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    pace = Pace()
+    pace.sleep(0.5)  # Flower waits so for a reply that is being worked on
+    assert slept == [0.1]
+    while clock[0] < 100.0:
+        pace.sleep(3)
+    assert slept[1] == 0.1
+    assert slept[-1] == 3.0
+    assert all(earlier <= later for earlier, later in pairwise(slept))
+    # Never more than a tenth of the wait so far is added to it, beyond the shortest pause.
+    waited = 0.1
+    for pause in slept[1:]:
+        assert pause <= max(0.1, 0.1 * waited) + 1e-9
+        waited += pause
+
+
+def test_restarts_come_ever_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("client.watch.time.monotonic", lambda: clock[0])
+    log = open_log(tmp_path / "log")
+    kept = Kept("worker", lambda: Child([sys.executable, "-S", "-c", "raise SystemExit(3)"], {}, log))
+    delays = []
+    for _ in range(11):
+        kept.tend()
+        while (said := kept.tend()) is None:
+            time.sleep(0.005)
+        assert "the worker ended with status 3" in said
+        delays.append(float(said.split()[-2]))
+        clock[0] += delays[-1] - 0.5
+        kept.tend()
+        assert kept.pid is None
+        clock[0] += 1.0
+    assert delays == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+    kept.stop()
+
+
+def test_resident_memory_counts_children_and_forgives_the_dead() -> None:
+    assert resident_bytes(psutil.Process().pid) > 10_000_000
+    assert resident_bytes(2**22 + 1) == 0
+
+
+def test_a_log_is_bounded_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedllm.processes.LOG_BYTES", 1000)
+    log = open_log(tmp_path / "deep/client.log")
+    for number in range(300):
+        log.info("line %d", number)
+    files = sorted((tmp_path / "deep").iterdir())
+    assert len(files) == 4
+    assert sum(path.stat().st_size for path in files) <= 4000
+    assert "line 299" in files[0].read_text()
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
