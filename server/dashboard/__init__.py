@@ -1,0 +1,12 @@
+"""The operator's dashboard: a process of its own beside the runs, which it reads and never waits for.
+
+access.py    who may enter: users, API tokens, sessions, and a limit on guessing
+gate.py      the one place that lets a request in, or does not
+shelf.py     the folder of runs as the dashboard sees it, read again only where something changed
+verdict.py   is it running well, who is slow, what did it cost
+launch.py    runs as processes of their own: start, go on, roll back, clone
+desk.py      what a person does, checked and audited; pages and API both act through it
+api.py       the same as JSON, described by OpenAPI
+metrics.py   the same for Prometheus
+pages/       the same for people (NiceGUI)
+"""

@@ -1,0 +1,175 @@
+"""Runs as processes of their own: whatever becomes of the dashboard, they go on.
+
+The dashboard imports nothing of what it starts. It speaks the same command line that a person would.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedllm.durable import replace_file
+from fedllm.errors import ConfigError, FedllmError
+from fedllm.run_database import FILE
+
+__all__ = ["Launcher", "setting"]
+
+PATIENCE_S = 120.0
+LOG_TAIL = 64_000
+_PYTHON = [sys.executable, "-P"]
+_FEDLLM = [*_PYTHON, "-c", "from fedllm.cli import main; main()"]
+
+
+class Launcher:
+    """Starts runs below ``root``.
+
+    Args:
+        root: folder of runs.
+        state: the dashboard's own folder, for drafts and logs.
+        federation: folder of the federation that runs are submitted to; None simulates on this host.
+    """
+
+    def __init__(self, root: Path, state: Path, federation: Path | None = None) -> None:
+        self.root, self.federation = root, federation
+        self._drafts, self._logs = state / "drafts", state / "logs"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._answers: dict[tuple[str, ...], str] = {}
+        self._guard = threading.Lock()
+
+    def presets(self) -> list[dict[str, str]]:
+        """Return ``name``, ``shows`` and ``costs`` of every preset."""
+        found: list[dict[str, str]] = json.loads(self._ask_once("presets", "--json"))
+        return found
+
+    def schemas(self) -> dict[str, Any]:
+        """Return the configuration's JSON schema (``run``) and those of every method's options, by name."""
+        with self._guard:
+            if ("schemas",) not in self._answers:
+                self._answers["schemas",] = _run([*_PYTHON, "-m", "server.dashboard.schemas"])
+            found: dict[str, Any] = json.loads(self._answers["schemas",])
+        return found
+
+    def document(self, preset: str) -> dict[str, Any]:
+        """Return a preset's resolved configuration.
+
+        Raises:
+            ConfigError: there is no such preset.
+        """
+        # Only names reach the command line: a path would let an operator read files through error messages.
+        if preset not in [row["name"] for row in self.presets()]:
+            raise ConfigError(f"there is no preset {preset!r}")
+        return tomllib.loads(self._ask_once("simulate", preset, "--dry-run"))
+
+    def resolve(self, document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a configuration with settings such as ``{"training.local_steps": 4}``, checked.
+
+        Raises:
+            ConfigError: names the key, what was given and what is allowed.
+        """
+        draft = self._draft("checked", document)
+        overrides = [part for key, value in settings.items() for part in ("--set", setting(key, value))]
+        return tomllib.loads(_run([*_FEDLLM, "simulate", str(draft), *overrides, "--dry-run"]))
+
+    def start(self, name: str, document: Mapping[str, Any]) -> None:
+        """Start a run from a resolved configuration."""
+        draft = self._draft(name, {**document, "name": name})
+        if self.federation is not None:
+            _run([*_FEDLLM, "run", str(draft), "--server", str(self.federation), "--detach"])
+        else:
+            self._spawn(name, ["simulate", str(draft), "--out", str(self.root / name)])
+
+    def go_on(self, name: str) -> None:
+        """Go on with a run at its last checkpoint."""
+        if self.federation is not None:
+            _run([*_FEDLLM, "run", "--resume", name, "--server", str(self.federation), "--detach"])
+        else:
+            self._spawn(name, ["resume", str(self.root / name)])
+
+    def report(self, name: str) -> Path:
+        """Write a run's ``report.html`` and return its path."""
+        return Path(_run([*_FEDLLM, "report", str(self.root / name)]).strip().splitlines()[-1])
+
+    def starting(self) -> dict[str, str]:
+        """Return the runs that have no folder yet, each with why it never will, or with nothing so far."""
+        return {
+            name: (self._last_words(name) if process.poll() else "")
+            for name, process in self._processes.items()
+            if process.poll() != 0 and not (self.root / name / FILE).is_file()
+        }
+
+    def busy(self, name: str) -> bool:
+        """Whether a process that was started here for this run goes on."""
+        process = self._processes.get(name)
+        return process is not None and process.poll() is None
+
+    def log(self, name: str) -> str:
+        """Return the end of what a run that was started here has printed."""
+        try:
+            with (self._logs / f"{name}.log").open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
+                return file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def _spawn(self, name: str, arguments: Sequence[str]) -> None:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with (self._logs / f"{name}.log").open("wb") as log:
+            # A session of its own: neither Ctrl-C here nor the end of the dashboard ends the run.
+            self._processes[name] = subprocess.Popen(
+                [*_FEDLLM, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _draft(self, name: str, document: Mapping[str, Any]) -> Path:
+        self._drafts.mkdir(parents=True, exist_ok=True)
+        draft = self._drafts / f"{name}.toml"
+        replace_file(draft, tomli_w.dumps(dict(document)))
+        return draft
+
+    def _last_words(self, name: str) -> str:
+        lines = [line.strip() for line in self.log(name).splitlines() if line.strip()]
+        return lines[-1].removeprefix("error: ") if lines else "it ended without a word"
+
+    def _ask_once(self, *arguments: str) -> str:
+        with self._guard:
+            if arguments not in self._answers:
+                self._answers[arguments] = _run([*_FEDLLM, *arguments])
+            return self._answers[arguments]
+
+
+def _run(command: Sequence[str]) -> str:
+    """Run a command to its end and return what it printed; its refusal becomes a ``ConfigError``."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise FedllmError(
+            f"fedllm did not answer within {PATIENCE_S:.0f} s; is the host overloaded?"
+        ) from error
+    if done.returncode:
+        said = done.stderr.strip()
+        _, marked, sentence = said.rpartition("error: ")
+        last = said.splitlines()[-1] if said else f"exit status {done.returncode}"
+        raise ConfigError(" ".join(sentence.split()) if marked else last)
+    return done.stdout
+
+
+def setting(key: str, value: Any) -> str:
+    """Write one setting as ``--set`` takes it.
+
+    >>> setting("codec.up", "quantize(bits=8)"), setting("tuning.targets", ["query"])
+    ('codec.up="quantize(bits=8)"', 'tuning.targets=["query"]')
+    """
+    return f"{key}={tomli_w.dumps({'value': value}).partition('=')[2].strip()}"

@@ -1,0 +1,336 @@
+"""The folder of runs as the dashboard sees it. Everything is kept until a file of the run changes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedllm import run_database, run_lock
+from fedllm.durable import disk_errors
+from fedllm.errors import FedllmError, StoreError
+from fedllm.run_database import Round
+from fedllm.runs import Run, find
+from server.dashboard.errors import Missing
+
+__all__ = ["NodeTotal", "Overview", "Shelf"]
+
+_FILES = (run_database.FILE, f"{run_database.FILE}-wal", "rounds.jsonl", "summary.json")
+Found = TypeVar("Found")
+Stamp = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """One run in one line of the list.
+
+    Attributes:
+        name: of its folder.
+        state: ``starting``, ``running``, ``paused``, ``finished``, ``failed``, ``stopped``, ``interrupted``
+            (killed), or ``unreadable``.
+        round, rounds: committed, and planned.
+        metric, value, series: what quality is measured by, its last value, and its value by round.
+        bytes_up, bytes_down, dense_up, dense_down: what crossed, and what it would have been without codecs.
+        reference_bytes: FedAvg of the whole model in fp32, both ways.
+        seconds, seconds_left: wall time so far, and expected until the last round; None where unknown.
+        round_seconds: mean of the last five rounds.
+        phase: what a live run is doing; see :attr:`fedllm.runs.Run.phase`.
+        reason: why it failed or cannot be read.
+        changed_at: Unix time of the last change on disk.
+    """
+
+    name: str
+    state: str
+    method: str = ""
+    model: str = ""
+    dataset: str = ""
+    clients: int = 0
+    round: int = 0
+    rounds: int = 0
+    metric: str = "accuracy"
+    value: float | None = None
+    series: list[float] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    dense_up: int = 0
+    dense_down: int = 0
+    reference_bytes: int = 0
+    seconds: float = 0.0
+    seconds_left: float | None = None
+    round_seconds: float | None = None
+    failures: int = 0
+    rejected: int = 0
+    epsilon: float | None = None
+    phase: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    changed_at: float = 0.0
+
+    @property
+    def live(self) -> bool:
+        """Whether a process works on it."""
+        return self.state in ("running", "paused")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for the JSON API."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeTotal:
+    """One client over a whole run; seconds are means over its accepted answers.
+
+    Attributes:
+        node: its number in the federation.
+        state: ``ok``, ``failing`` (its last answer did not count) or ``quarantined``.
+        last_round: when it was last asked; -1 for never.
+        last_seen_at: Unix time of the end of the last round that counted an answer of it.
+        reason: of its last answer that did not count.
+        device: what it told about itself when it joined.
+    """
+
+    node: int
+    state: str = "ok"
+    last_round: int = -1
+    last_seen_at: float | None = None
+    accepted: int = 0
+    late: int = 0
+    failed: int = 0
+    rejected: int = 0
+    examples: int = 0
+    loss: float | None = None
+    compute_seconds: float | None = None
+    transfer_seconds: float | None = None
+    peak_rss_bytes: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    reason: str = ""
+    device: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for the JSON API."""
+        return asdict(self)
+
+
+class Shelf:
+    """Reads the runs below ``root``; threads may share it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._kept: dict[tuple[str, str], tuple[Stamp, Any]] = {}
+        self._guard = threading.Lock()
+
+    def names(self) -> list[str]:
+        """Return the names of all runs."""
+        return [folder.name for folder in find(self.root)]
+
+    def folder(self, name: str) -> Path:
+        """Return a run's folder.
+
+        Raises:
+            Missing: there is no run of this name.
+        """
+        plain = name.isprintable() and "/" not in name and not name.startswith(".")
+        folder = self.root / name
+        if not plain or not name or not (folder / run_database.FILE).is_file():
+            raise Missing(f"there is no run {name!r}")
+        return folder
+
+    def run(self, name: str) -> Run:
+        """Open a run."""
+        return Run(self.folder(name))
+
+    def stamp(self, name: str) -> Stamp:
+        """Return something that differs once a run has changed."""
+        return _stamp(self.folder(name))
+
+    def overviews(self) -> list[Overview]:
+        """Return all runs: live ones first, then the latest change first."""
+        found = [self._kept_overview(folder) for folder in find(self.root)]
+        return sorted(found, key=lambda view: (not view.live, -view.changed_at, view.name))
+
+    def overview(self, name: str) -> Overview:
+        """Return one run."""
+        return self._kept_overview(self.folder(name))
+
+    def rounds(self, name: str) -> list[Round]:
+        """Return a run's committed rounds."""
+        return self._keep("rounds", self.folder(name), lambda folder: Run(folder).rounds())
+
+    def nodes(self, name: str) -> list[NodeTotal]:
+        """Return the clients of a run, over all its rounds."""
+        return self._keep("nodes", self.folder(name), _nodes)
+
+    def _kept_overview(self, folder: Path) -> Overview:
+        return self._keep("overview", folder, _overview)
+
+    def _keep(self, what: str, folder: Path, read: Callable[[Path], Found]) -> Found:
+        stamp, key = _stamp(folder), (what, folder.name)
+        with self._guard:
+            kept = self._kept.get(key)
+        if kept is None or kept[0] != stamp:
+            kept = (stamp, read(folder))
+            with self._guard:
+                self._kept[key] = kept
+        found: Found = kept[1]
+        return found
+
+
+def _stamp(folder: Path) -> Stamp:
+    # The process is part of it: a run that is killed changes no file.
+    return (*(_mark(folder / name) for name in _FILES), run_lock.holder(folder))
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _changed_at(folder: Path) -> float:
+    return max((mark[0] for name in _FILES if (mark := _mark(folder / name))), default=0) / 1e9
+
+
+def _overview(folder: Path) -> Overview:
+    try:
+        return _read_overview(folder)
+    except FedllmError as error:
+        return Overview(
+            name=folder.name, state="unreadable", reason=str(error), changed_at=_changed_at(folder)
+        )
+
+
+def _read_overview(folder: Path) -> Overview:
+    with disk_errors(folder), run_database.connect(folder) as connection:
+        wanted = "SELECT key, value FROM meta WHERE key IN ('status', 'phase')"
+        meta = {row["key"]: json.loads(row["value"]) for row in connection.execute(wanted)}
+        query = "SELECT message FROM events WHERE kind = 'failed' ORDER BY id DESC LIMIT 1"
+        failed = connection.execute(query).fetchone() if meta["status"] == "failed" else None
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read {folder}: {error}; fedllm resume repairs its text files") from error
+    metric = "perplexity" if summary["metrics"]["perplexity"] is not None else "accuracy"
+    source = metric if any(line.get(metric) is not None for line in lines) else "loss"
+    seconds = [line["seconds"] for line in lines[-5:]]
+    mean = sum(seconds) / len(seconds) if seconds else None
+    done = lines[-1]["round"] if lines else 0
+    state = _state(folder, meta["status"], meta["phase"])
+    moved = summary["bytes"]
+    return Overview(
+        name=folder.name,
+        state=state,
+        method=summary["method"],
+        model=summary["model"],
+        dataset=summary["dataset"],
+        clients=summary["clients"],
+        round=done,
+        rounds=summary["rounds"],
+        metric=metric,
+        value=summary["metrics"][metric],
+        series=[line[source] for line in lines if line.get(source) is not None],
+        bytes_up=moved["up"],
+        bytes_down=moved["down"],
+        dense_up=moved["dense_up"],
+        dense_down=moved["dense_down"],
+        reference_bytes=moved["reference_total"],
+        seconds=summary["seconds"]["total"],
+        seconds_left=mean * (summary["rounds"] - done)
+        if mean is not None and state in ("running", "paused")
+        else None,
+        round_seconds=mean,
+        failures=summary["failures"],
+        rejected=summary["rejected"],
+        epsilon=summary["privacy"]["epsilon"],
+        phase=meta["phase"],
+        reason=failed["message"] if failed else "",
+        changed_at=_changed_at(folder),
+    )
+
+
+def _state(folder: Path, status: str, phase: dict[str, Any]) -> str:
+    if status != "running":
+        return status
+    if run_lock.holder(folder) is None:
+        return "interrupted"
+    return "paused" if phase.get("name") == "paused" else "running"
+
+
+_TOTALS = """
+SELECT node, MAX(round) AS last_round,
+       SUM(status = 'accepted') AS accepted, SUM(status = 'late') AS late, SUM(status = 'failed') AS failed,
+       SUM(status = 'rejected') AS rejected, MAX(examples) AS examples, MAX(peak_rss_bytes) AS peak_rss_bytes,
+       AVG(CASE WHEN status = 'accepted' THEN compute_seconds END) AS compute_seconds,
+       AVG(CASE WHEN status = 'accepted' THEN transfer_seconds END) AS transfer_seconds,
+       MAX(CASE WHEN status = 'accepted' THEN round END) AS last_accepted
+FROM node_rounds GROUP BY node
+"""
+# SQLite's bare columns: of the row that has the maximum.
+_LAST = "SELECT node, status, MAX(rowid) FROM node_rounds WHERE status != 'unused' GROUP BY node"
+_LAST_LOSS = "SELECT node, loss, MAX(rowid) FROM node_rounds WHERE loss IS NOT NULL GROUP BY node"
+_LAST_REASON = """
+SELECT node, reason, MAX(rowid) FROM node_rounds WHERE status IN ('late', 'failed', 'rejected') GROUP BY node
+"""
+_BYTES = "SELECT node, direction, SUM(bytes) AS bytes FROM ledger GROUP BY node, direction"
+_TOLD = "SELECT kind, fields FROM events WHERE kind IN ('joined', 'quarantine', 'release') ORDER BY id"
+
+
+def _nodes(folder: Path) -> list[NodeTotal]:
+    with disk_errors(folder), run_database.connect(folder) as connection:
+
+        def rows(query: str) -> list[Any]:
+            return connection.execute(query).fetchall()
+
+        totals = {row["node"]: dict(row) for row in rows(_TOTALS)}
+        last = {row["node"]: row["status"] for row in rows(_LAST)}
+        losses = {row["node"]: row["loss"] for row in rows(_LAST_LOSS)}
+        reasons = {row["node"]: row["reason"] or "" for row in rows(_LAST_REASON)}
+        moved = {(row["node"], row["direction"]): row["bytes"] for row in rows(_BYTES)}
+        told = [(row["kind"], json.loads(row["fields"])) for row in rows(_TOLD)]
+        ends = {row["round"]: row["finished_at"] for row in rows("SELECT round, finished_at FROM rounds")}
+    devices, quarantined = _devices(told)
+    found = []
+    for node in sorted({*totals, *devices, *(node for node, _ in moved)} - {-1}):
+        total = totals.get(node, {})
+        total.pop("node", None)
+        seen = ends.get(total.pop("last_accepted", None))
+        state = "quarantined" if node in quarantined else "ok"
+        if state == "ok" and last.get(node, "accepted") != "accepted":
+            state = "failing"
+        found.append(
+            NodeTotal(
+                node=node,
+                state=state,
+                last_seen_at=seen,
+                loss=losses.get(node),
+                bytes_up=moved.get((node, "up"), 0),
+                bytes_down=moved.get((node, "down"), 0),
+                reason=reasons.get(node, ""),
+                device=devices.get(node, {}),
+                **total,
+            )
+        )
+    return found
+
+
+def _devices(told: list[tuple[str, dict[str, Any]]]) -> tuple[dict[int, dict[str, Any]], set[int]]:
+    """Return what clients told about themselves when they last joined, and who is set aside."""
+    devices: dict[int, dict[str, Any]] = {}
+    quarantined: set[int] = set()
+    for kind, fields in told:
+        node = fields.get("node")
+        if not isinstance(node, int):
+            continue
+        if kind == "joined":
+            device = fields.get("device")
+            devices[node] = device if isinstance(device, dict) else {}
+        elif kind == "quarantine":
+            quarantined.add(node)
+        else:
+            quarantined.discard(node)
+    return devices, quarantined

@@ -1,0 +1,61 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import time
+
+__all__ = ["ago", "human_bytes", "human_seconds", "number"]
+
+
+def human_bytes(count: float | None) -> str:
+    """Write bytes with a decimal prefix and three digits.
+
+    >>> human_bytes(999), human_bytes(1_536_000), human_bytes(None)
+    ('999 B', '1.54 MB', '-')
+    """
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def human_seconds(seconds: float | None) -> str:
+    """Write a duration.
+
+    >>> human_seconds(0.0123), human_seconds(75), human_seconds(7320), human_seconds(180_000)
+    ('0.01 s', '1 min 15 s', '2 h 2 min', '2 d 2 h')
+    """
+    if seconds is None:
+        return "-"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Write a number short.
+
+    >>> number(0.123456), number(None)
+    ('0.1235', '-')
+    """
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def ago(at: float | None, now: float | None = None) -> str:
+    """Write how long ago a Unix time was.
+
+    >>> ago(100.0, now=175.0), ago(None)
+    ('1 min 15 s ago', 'never')
+    """
+    if at is None:
+        return "never"
+    passed = (time.time() if now is None else now) - at
+    return "just now" if passed < 2 else f"{human_seconds(passed)} ago"
