@@ -79,6 +79,8 @@ class Options(Section):
     """Exchanges after which a round commits whatever the gate says."""
     warm_start: Start = "none"
     """Closed-form start of the head: ``means``, ``cosine`` or ``ridge``."""
+    cache: bool = True
+    """Compute hidden states of frozen lower layers once per text; pays where texts are drawn repeatedly."""
     cache_bytes: int = Field(256 * 2**20, ge=0)
     """Memory for hidden states of frozen lower layers; beyond it they go to files."""
     max_growth: float = Field(4.0, gt=1.0)
@@ -118,10 +120,10 @@ class FwdLLM(Method):
         model = models.load(self.config, labels)
         options, count = self.options, sum(p.numel() for p in model.trainable().values())
         cosine = expected_cosine(options.directions * self.config.cohort, count)
-        stack = stack_of(model.module)
+        stack = self._stack(model)
         logger.info(
             "%d trained parameters, %d directions a round: expected cosine to the gradient %.3f; "
-            "%d of %d layers are frozen and cached",
+            "the hidden states of %d of %d layers are cached",
             count,
             options.directions * self.config.cohort,
             cosine,
@@ -224,7 +226,7 @@ class FwdLLM(Method):
         """Sum features for the closed-form head."""
         model, network, labels = work.model, work.model.module, work.train.labels
         assert labels is not None
-        stack, share = stack_of(network), 1.0
+        stack, share = self._stack(model), 1.0
         if stack.frozen:
             entry, computed = self.cache.get(model, stack, work.train)
             share = stack.share + (1.0 - stack.share) * computed / len(work.train)
@@ -246,7 +248,7 @@ class FwdLLM(Method):
         """Measure the slopes along ``names``; also return the cost in passes through the whole model."""
         order = stream(self.config.seed, "batches", work.round, work.node).permutation(len(work.train))
         indices = order[: self._batch_size]
-        batch, stack = work.train.batch(indices), stack_of(work.model.module)
+        batch, stack = work.train.batch(indices), self._stack(work.model)
         count = passes(len(names), self.options.estimator, self.options.parallel)
         if not stack.frozen:
             with settled(work.model.module):
@@ -256,6 +258,10 @@ class FwdLLM(Method):
         with settled(work.model.module), stack.resumed(hidden):
             found = self._slopes(work.model, batch, names)
         return found, count * stack.share + computed / self._batch_size * (1.0 - stack.share)
+
+    def _stack(self, model: Model) -> Stack:
+        stack = stack_of(model.module)
+        return stack if self.options.cache else Stack(stack.layers, 0)
 
     def _slopes(self, model: Model, batch: Batch, names: list[Direction]) -> Slopes:
         options = self.options

@@ -95,6 +95,15 @@ def test_passes_are_counted_pro_rata(tiny_encoder: Path, tiny_texts: Path) -> No
     assert ask(low, start(low), Exchange("fit"), 0, 2).passes.forward == 2 * P
 
 
+def test_switched_off_it_gives_the_same_slopes_at_the_full_price(
+    tiny_encoder: Path, tiny_texts: Path
+) -> None:
+    on, off = (shop_with(tiny_encoder, tiny_texts, cache=cache) for cache in (True, False))
+    cached, whole = (ask(shop, start(shop), Exchange("fit"), 0, 1) for shop in (on, off))
+    torch.testing.assert_close(cached.tensors["slopes"], whole.tensors["slopes"], rtol=1e-4, atol=1e-6)
+    assert whole.passes.forward == P + 1
+
+
 def test_what_could_reach_the_lowest_layer_rules_caching_out(tiny_encoder: Path, tiny_texts: Path) -> None:
     shop = shop_with(tiny_encoder, tiny_texts)
     shop.model.module.backbone.get_input_embeddings().weight.requires_grad_(True)

@@ -170,7 +170,9 @@ def test_asked_again_a_client_probes_the_same_batch_further_on(
 def test_pacing_asks_until_the_gate_or_the_cap(
     tiny_encoder: Path, tiny_texts: Path, threshold: float, exchanges: int
 ) -> None:
-    shop = shop_with(tiny_encoder, tiny_texts, pacing="ratio", threshold=threshold, directions=40, parallel=40)
+    shop = shop_with(
+        tiny_encoder, tiny_texts, pacing="ratio", threshold=threshold, directions=40, parallel=40
+    )
     state, acc, index = start(shop), shop.method.begin(start(shop), 1), 0
     while isinstance(shop.method.plan(state, acc), Exchange):
         for node in range(4):
