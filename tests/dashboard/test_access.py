@@ -6,7 +6,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from starlette.websockets import WebSocketDisconnect
+from fastapi import FastAPI
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fedllm.errors import ConfigError
 from server.dashboard.access import Accounts, Sessions, Throttle
@@ -46,12 +47,22 @@ def test_a_browser_is_shown_the_login_form(stranger: TestClient) -> None:
     assert 'name="next" value="/runs/a"' in answer.text
 
 
-def test_websockets_are_closed_to_strangers_and_to_other_sites(
-    stranger: TestClient, operator: TestClient
+def test_websockets_open_to_logins_of_this_site_only(
+    web: FastAPI, stranger: TestClient, operator: TestClient
 ) -> None:
-    for client, headers in ((stranger, {}), (operator, {"origin": "http://evil.test"})):
-        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/_nicegui_ws/x", headers=headers):
+    async def greet(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_text("hello")
+
+    web.add_websocket_route("/greeting", greet)
+    for client, origin in ((stranger, "http://dash.test"), (operator, "http://evil.test")):
+        with (
+            pytest.raises(WebSocketDisconnect),
+            client.websocket_connect("/greeting", headers={"origin": origin}),
+        ):
             pass
+    with operator.websocket_connect("/greeting", headers={"origin": "http://dash.test"}) as socket:
+        assert socket.receive_text() == "hello"
 
 
 def test_login_opens_a_session_that_scripts_cannot_read(desk: Desk, stranger: TestClient) -> None:
