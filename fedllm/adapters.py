@@ -58,7 +58,15 @@ def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) 
             # peft remarks on its own deprecated calls, and on defaults that the options may change.
             warnings.simplefilter("ignore")
             adapted = peft.get_peft_model(model, settings)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+    except (
+        AssertionError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+    ) as error:
         hint = _own_modules(model) if "target_modules" in _fields(type(settings)) else ""
         raise ModelError(
             f"tuning.peft = {config.tuning.peft!r} cannot be attached to {type(model).__name__}: "

@@ -53,6 +53,8 @@ class ModelConfig(Section):
     """How an encoder's tokens become one vector; ``own`` takes the model's own classification head."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen part; trained tensors stay float32."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the frozen part's matrices in eight or four bits (QLoRA), through bitsandbytes."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout probability everywhere in the base model while training."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import math
@@ -112,7 +113,8 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
         torch.manual_seed(derive(config.seed, "model") % 2**63)
         tokenizer = _tokenizer(source, config)
         module = _network(source, config, labels, tokenizer)
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    if config.model.quantize == "none":  # bitsandbytes has placed its matrices already
+        module.to(_device())
     return Model(module.train(), tokenizer, config.model.task, labels, config)
 
 
@@ -253,6 +255,7 @@ def _base(
             attn_implementation="sdpa",
             ignore_mismatched_sizes=pooling == "own",
             output_loading_info=True,
+            **_quantization(config),
         )
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         # The pooler feeds only the heads of pre-training; here it would be dead weight, sent every round.
@@ -262,6 +265,35 @@ def _base(
             module.p = config.model.dropout
     fresh = [*report["missing_keys"], *(item[0] for item in report["mismatched_keys"])]
     return model, sorted({name.rpartition(".")[0] for name in fresh}) if pooling == "own" else []
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _quantization(config: RunConfig) -> dict[str, Any]:
+    """Return what makes ``from_pretrained`` quantise the base as it loads (Dettmers et al., NeurIPS 2023)."""
+    if config.model.quantize == "none":
+        return {}
+    if config.tuning.peft == "full":
+        raise ModelError(
+            f'model.quantize = "{config.model.quantize}" freezes the base, which is to be trained'
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f'model.quantize = "{config.model.quantize}" needs bitsandbytes, which is not installed: '
+            "pip install fedllm[quantize], or set model.quantize to none"
+        )
+    from transformers import BitsAndBytesConfig
+
+    four = config.model.quantize == "nf4"
+    settings = BitsAndBytesConfig(
+        load_in_4bit=four,
+        load_in_8bit=not four,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, config.model.dtype),
+    )
+    return {"quantization_config": settings, "device_map": {"": _device()}}
 
 
 def _set_dropout(settings: Any, probability: float) -> None:
