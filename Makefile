@@ -42,7 +42,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: $(REQUIREMENTS) | .venv/bin/python
-	$(INSTALL) --constraint constraints.txt --editable '.[simulation]'
+	$(INSTALL) --constraint constraints.txt --editable '.[simulation,dashboard]'
 	$(INSTALL) --no-deps --requirement requirements-bundled.txt
 	@touch $@
 

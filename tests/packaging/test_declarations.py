@@ -25,7 +25,11 @@ def pins(name: str) -> dict[str, str]:
 def declared() -> list[Requirement]:
     extras = PROJECT["project"]["optional-dependencies"]
     needed = [*PROJECT["project"]["dependencies"]]
-    needed += [text for extra in ("simulation", "tensorboard", "mlflow", "test") for text in extras[extra]]
+    needed += [
+        text
+        for extra in ("simulation", "dashboard", "tensorboard", "mlflow", "test")
+        for text in extras[extra]
+    ]
     return [requirement for text in needed if (requirement := Requirement(text)).name != "fedllm"]
 
 
