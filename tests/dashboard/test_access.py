@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fedllm.errors import ConfigError
@@ -54,7 +55,7 @@ def test_websockets_open_to_logins_of_this_site_only(
         await socket.accept()
         await socket.send_text("hello")
 
-    web.add_websocket_route("/greeting", greet)
+    web.router.routes.insert(0, WebSocketRoute("/greeting", greet))
     for client, origin in ((stranger, "http://dash.test"), (operator, "http://evil.test")):
         with (
             pytest.raises(WebSocketDisconnect),

@@ -1,1 +1,34 @@
-"""Pages for people."""
+"""The pages for people, on NiceGUI: changes are pushed, nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from nicegui import ui
+
+from server.dashboard.desk import Desk
+from server.dashboard.pages import access, layout, nodes, run, runs, start
+
+__all__ = ["attach"]
+
+_ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">'
+    '<circle cx="16" cy="16" r="5" fill="#1f6f78"/>'
+    '<circle cx="16" cy="16" r="11" fill="none" stroke="#1f6f78" stroke-width="2"/></svg>'
+)
+
+
+def attach(app: FastAPI, desk: Desk) -> None:
+    """Put the pages at the root of an application; NiceGUI allows one such application in a process."""
+    layout.dress()
+    for page in (runs, run, nodes, start, access):
+        page.register(desk)
+    ui.run_with(
+        app,
+        title="fedllm",
+        favicon=_ICON,
+        dark=None,
+        language="en-US",
+        tailwind=False,
+        reconnect_timeout=30.0,
+        show_welcome_message=False,
+    )

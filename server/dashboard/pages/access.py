@@ -1,0 +1,94 @@
+"""Users, tokens, and who did what; for operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from nicegui import ui
+from starlette.concurrency import run_in_threadpool as beside
+from starlette.requests import Request
+
+from server.dashboard.access import ROLES, Principal
+from server.dashboard.desk import Desk
+from server.dashboard.pages.layout import act, empty, frame, heading, lever
+
+__all__ = ["register"]
+
+
+def register(desk: Desk) -> None:
+    """Serve ``/access``."""
+
+    @ui.page("/access")
+    async def access_page(request: Request) -> None:
+        with frame(request, "Access") as who:
+            heading("Access")
+            if who.role != "operator":
+                empty("This is for operators", "Ask one of them to change what you may do.")
+                return
+            with ui.element("div").classes("cards"):
+                _Names(desk, who, "Users", "password", desk.accounts.users, desk.add_user, desk.remove_user)
+                _Names(
+                    desk, who, "API tokens", "token", desk.accounts.tokens, desk.add_token, desk.remove_token
+                )
+            with ui.element("section").classes("panel"):
+                heading("Audit log", 2)
+                noted = await beside(desk.audit_log)
+                ui.label("\n".join(map(_line, noted))).classes("log")
+
+
+class _Names:
+    """A list of users or tokens, with a way to add and to remove."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        who: Principal,
+        title: str,
+        secret: str,
+        held: Callable[[], list[dict[str, Any]]],
+        add: Callable[..., str],
+        remove: Callable[..., None],
+    ) -> None:
+        self.who, self.secret, self.held, self.add, self.remove = who, secret, held, add, remove
+        with ui.element("section").classes("panel"):
+            heading(title, 2)
+            self.rows = ui.element("div")
+            with ui.element("div").classes("row"):
+                self.name = ui.input("Name").props("dense outlined").style("flex: 1")
+                self.role = ui.select(list(ROLES), value="viewer", label="Role").props("dense outlined")
+                lever("Add", self._add, who=who)
+        self._show()
+
+    def _show(self) -> None:
+        self.rows.clear()
+        with self.rows:
+            for row in self.held():
+                with ui.element("div").classes("row apart"):
+                    ui.label(f"{row['name']} ({row['role']})")
+                    lever("Remove", self._remover(row["name"]), who=self.who, style="danger")
+
+    def _remover(self, name: str) -> Callable[[], Any]:
+        async def remove() -> None:
+            await act(lambda: self.remove(self.who, name), f"{name} is removed")
+            self._show()
+
+        return remove
+
+    async def _add(self) -> None:
+        name = self.name.value
+        made = await act(lambda: self.add(self.who, name, self.role.value), f"{name} is added")
+        if made is None:
+            return
+        self._show()
+        with ui.dialog() as dialog, ui.card():
+            ui.label(f"The {self.secret} of {name}, shown this once:")
+            ui.label(made).classes("secret")
+            ui.button("I have noted it", on_click=dialog.close).props("no-caps")
+        dialog.open()
+
+
+def _line(row: dict[str, Any]) -> str:
+    at = f"{datetime.fromtimestamp(row['at']):%Y-%m-%d %H:%M:%S}"
+    return f"{at}  {row['who']}  {row['action']}  {row['run']}  {row['detail']}".rstrip()

@@ -1,0 +1,127 @@
+"""A run's curves, as options of ECharts; colours that read on light and on dark ground."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Literal
+
+from fedllm.run_database import Round
+
+__all__ = ["AXES", "fact_names", "facts", "metric_names", "quality", "traffic"]
+
+Axis = Literal["round", "bytes", "seconds"]
+AXES: tuple[Axis, ...] = ("round", "bytes", "seconds")
+_ACCENT, _SECOND, _SOFT, _LINE = "#2a8f99", "#c98a2b", "#7f8b9b", "rgba(128,140,155,0.25)"
+_UNITS = {"round": "round", "bytes": "MB moved", "seconds": "seconds"}
+_NO_CURVE = ("accepted", "initial", "clients")
+
+
+def metric_names(rounds: Sequence[Round]) -> list[str]:
+    """Return the metrics that were measured, the one people ask for first."""
+    seen = {name for record in rounds for name in record.metrics}
+    first = [name for name in ("accuracy", "perplexity", "loss") if name in seen]
+    return first + sorted(seen - set(first))
+
+
+def quality(rounds: Sequence[Round], metric: str, axis: Axis) -> dict[str, Any]:
+    """Draw a metric against rounds, bytes moved so far, or seconds so far."""
+    positions: dict[Axis, list[float]] = {
+        "round": [float(record.round) for record in rounds],
+        "bytes": [total / 1e6 for total in accumulate(r.bytes_up + r.bytes_down for r in rounds)],
+        "seconds": list(accumulate(record.seconds for record in rounds)),
+    }
+    points = [
+        [x, record.metrics[metric]]
+        for x, record in zip(positions[axis], rounds, strict=True)
+        if record.metrics.get(metric) is not None
+    ]
+    return _lines({metric: points}, _UNITS[axis], whole=axis == "round")
+
+
+def traffic(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Draw kilobytes by round, up and down."""
+    series = [
+        {
+            "name": name,
+            "type": "bar",
+            "stack": "moved",
+            "itemStyle": {"color": colour},
+            "data": [[record.round, round(getattr(record, field) / 1000, 3)] for record in rounds],
+        }
+        for name, field, colour in (("up kB", "bytes_up", _ACCENT), ("down kB", "bytes_down", _SECOND))
+    ]
+    return _frame(series, "round", whole=True, from_zero=True)
+
+
+def fact_names(rounds: Sequence[Round]) -> list[str]:
+    """Return what else was recorded by round: directions, ranks, variance, clients' own averages."""
+    names = {
+        name
+        for record in rounds
+        for name, value in record.details.items()
+        if name not in _NO_CURVE and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if any(record.epsilon is not None for record in rounds):
+        names.add("epsilon")
+    return sorted(names)
+
+
+def facts(rounds: Sequence[Round], name: str) -> dict[str, Any]:
+    """Draw one of :func:`fact_names` against rounds."""
+    points = [
+        [record.round, value]
+        for record in rounds
+        if (value := record.epsilon if name == "epsilon" else record.details.get(name)) is not None
+    ]
+    return _lines({name: points}, "round", whole=True)
+
+
+def _lines(curves: dict[str, list[list[float]]], label: str, *, whole: bool) -> dict[str, Any]:
+    series = [
+        {
+            "name": name,
+            "type": "line",
+            "data": points,
+            "showSymbol": len(points) < 30,
+            "symbolSize": 6,
+            "lineStyle": {"width": 2, "color": _ACCENT},
+            "itemStyle": {"color": _ACCENT},
+        }
+        for name, points in curves.items()
+    ]
+    return _frame(series, label, whole=whole, from_zero=False)
+
+
+def _frame(series: list[dict[str, Any]], label: str, *, whole: bool, from_zero: bool) -> dict[str, Any]:
+    text = {"color": _SOFT}
+    across = {
+        "type": "value",
+        "name": label,
+        "nameLocation": "middle",
+        "nameGap": 26,
+        "axisLabel": text,
+        "nameTextStyle": text,
+        "axisLine": {"lineStyle": {"color": _LINE}},
+        "splitLine": {"show": False},
+        "min": "dataMin" if not from_zero else None,
+        "max": "dataMax" if not from_zero else None,
+    }
+    if whole:
+        across["minInterval"] = 1
+    return {
+        "animation": False,
+        "aria": {"enabled": True},
+        "textStyle": text,
+        "grid": {"left": 56, "right": 16, "top": 30, "bottom": 44},
+        "legend": {"top": 0, "right": 0, "textStyle": text, "show": len(series) > 1},
+        "tooltip": {"trigger": "axis"},
+        "xAxis": {key: value for key, value in across.items() if value is not None},
+        "yAxis": {
+            "type": "value",
+            "scale": not from_zero,
+            "axisLabel": text,
+            "splitLine": {"lineStyle": {"color": _LINE}},
+        },
+        "series": series,
+    }

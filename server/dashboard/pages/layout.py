@@ -1,0 +1,120 @@
+"""What all pages have in common: header, colours, and how an action tells what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import TypeVar
+
+from nicegui import ui
+from nicegui.elements.mixins.text_element import TextElement
+from starlette.concurrency import run_in_threadpool as beside
+from starlette.requests import Request
+
+from fedllm.errors import FedllmError
+from server.dashboard.access import Principal
+from server.dashboard.desk import Desk
+
+__all__ = ["TICK_S", "act", "chip", "dress", "empty", "frame", "heading", "lever", "principal", "watch"]
+
+TICK_S = 1.0
+"""Seconds between two looks at the run store."""
+Result = TypeVar("Result")
+_LINKS = (("Runs", "/"), ("New run", "/start"), ("Nodes", "/nodes"), ("Access", "/access"))
+
+
+def dress() -> None:
+    """Give every page the style sheet."""
+    style = files("server.dashboard.pages").joinpath("style.css").read_text(encoding="utf-8")
+    ui.add_css(style, shared=True)
+    ui.add_head_html('<meta name="color-scheme" content="light dark">', shared=True)
+
+
+def principal(request: Request) -> Principal:
+    """Return who looks at a page; the gate let nobody else in."""
+    found: Principal = request.state.principal
+    return found
+
+
+@contextmanager
+def frame(request: Request, title: str) -> Iterator[Principal]:
+    """Draw the header, and the block's content below it; yields who looks."""
+    who = principal(request)
+    ui.page_title(f"{title} - fedllm")
+    ui.colors(primary="#1f6f78", positive="#1d7a46", negative="#b3261e", warning="#9a5b00")
+    ui.link("Skip to content", "#content").classes("skip")
+    with ui.element("header").classes("bar"):
+        ui.link("fedllm", "/").classes("brand")
+        with ui.element("nav").props('aria-label="Main"'):
+            for text, path in _LINKS:
+                if path == "/access" and who.role != "operator":
+                    continue
+                link = ui.link(text, path)
+                if request.url.path == path:
+                    link.props('aria-current="page"')
+        ui.label(f"{who.name} ({who.role})").classes("who")
+        with ui.element("form").props('method="post" action="/logout"'):
+            _text("button", "Log out").props('type="submit"').classes("quiet")
+    with ui.element("main").props('id="content" tabindex="-1"'):
+        yield who
+
+
+class _Text(TextElement):
+    def __init__(self, tag: str, text: str) -> None:
+        super().__init__(tag=tag, text=text)
+
+
+def _text(tag: str, text: str) -> _Text:
+    return _Text(tag, text)
+
+
+def heading(text: str, level: int = 1) -> _Text:
+    """Draw a heading."""
+    return _text(f"h{level}", text)
+
+
+def chip(state: str) -> _Text:
+    """Draw a state, such as running or failed."""
+    return _text("span", state).classes("chip").props(f'data-state="{state}"')
+
+
+def lever(text: str, work: Callable[[], object], *, who: Principal, style: str = "") -> ui.button:
+    """Draw a button that changes something; viewers see it and cannot press it."""
+    button = ui.button(text, on_click=work, color=None).props("no-caps unelevated").classes(f"lever {style}")
+    if who.role != "operator":
+        button.disable()
+        button.tooltip("this needs the role operator")
+    return button
+
+
+def empty(headline: str, advice: str) -> None:
+    """Say that there is nothing to see, and what to do about it."""
+    with ui.element("div").classes("panel empty"):
+        heading(headline, 2)
+        ui.label(advice).classes("soft")
+
+
+async def act(work: Callable[[], Result], said: str) -> Result | None:
+    """Do something beside the event loop, and tell what became of it; returns None where it was refused."""
+    try:
+        result = await beside(work)
+    except FedllmError as error:
+        ui.notify(str(error), type="negative", multi_line=True, close_button="OK", timeout=10_000)
+        return None
+    ui.notify(said, type="positive")
+    return result
+
+
+def watch(desk: Desk, who: Principal, look: Callable[[], object]) -> None:
+    """Call ``look`` every tick while somebody has the page open and is logged in."""
+
+    async def tick() -> None:
+        if who.session and desk.sessions.find(who.session, touch=False) is None:
+            ui.navigate.to("/login")
+            return
+        outcome = look()
+        if hasattr(outcome, "__await__"):
+            await outcome
+
+    ui.timer(TICK_S, tick)

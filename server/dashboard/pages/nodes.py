@@ -1,0 +1,86 @@
+"""Nodes: of the federation that is served beside, and of any one run."""
+
+from __future__ import annotations
+
+from nicegui import ui
+from starlette.concurrency import run_in_threadpool as beside
+from starlette.requests import Request
+
+from server.dashboard.access import Principal
+from server.dashboard.desk import Desk
+from server.dashboard.federation import FederationNode
+from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, watch
+from server.dashboard.pages.node_table import NodeTable
+
+__all__ = ["register"]
+
+
+def register(desk: Desk) -> None:
+    """Serve ``/nodes``."""
+
+    @ui.page("/nodes")
+    async def nodes_page(request: Request, run_name: str = "") -> None:
+        views = await beside(desk.shelf.overviews)
+        with frame(request, "Nodes") as who:
+            heading("Nodes")
+            if desk.federation is not None:
+                await _draw_federation(desk, who)
+            readable = [view.name for view in views if view.state != "unreadable"]
+            if not readable:
+                empty("No run has met a node yet", "Nodes show here once a run has asked them something.")
+                return
+            chosen = run_name if run_name in readable else readable[0]
+            with ui.element("div").classes("row").style("margin: 1rem 0"):
+                ui.select(
+                    readable,
+                    value=chosen,
+                    label="In the run",
+                    with_input=True,
+                    on_change=lambda event: ui.navigate.to(f"/nodes?run_name={event.value}"),
+                ).props("dense outlined")
+            table = NodeTable(desk, who, chosen)
+
+            async def look() -> None:
+                live = (await beside(desk.shelf.overview, chosen)).live
+                table.show(await beside(desk.shelf.nodes, chosen), live=live)
+
+            await look()
+            watch(desk, who, look)
+
+
+async def _draw_federation(desk: Desk, who: Principal) -> None:
+    panel = ui.element("div").classes("panel").style("margin-top: 1rem")
+    shown: list[FederationNode] = []
+
+    async def look() -> None:
+        found = await beside(desk.federation_nodes)
+        if found == shown:
+            return
+        shown[:] = found
+        panel.clear()
+        with panel:
+            heading("Of this federation", 2)
+            for node in found:
+                _draw_node(desk, who, node)
+
+    await look()
+    watch(desk, who, look)
+
+
+def _draw_node(desk: Desk, who: Principal, node: FederationNode) -> None:
+    async def revoke() -> None:
+        with ui.dialog() as dialog, ui.card():
+            ui.label(f"Forbid node {node.node} to join, for ever?")
+            with ui.element("div").classes("row"):
+                ui.button("Revoke", on_click=lambda: dialog.submit(True), color="negative").props("no-caps")
+                ui.button("Keep", on_click=lambda: dialog.submit(False)).props("flat no-caps")
+        if await dialog:
+            await act(lambda: desk.revoke(who, node.node), f"node {node.node} may not join any more")
+
+    with ui.element("div").classes("row apart"):
+        with ui.element("div").classes("row"):
+            ui.label(f"node {node.node}").classes("name")
+            chip(node.status)
+            ui.label(f"key {node.fingerprint}").classes("soft number wide")
+        if node.status != "revoked":
+            lever("Revoke", revoke, who=who, style="danger")

@@ -1,0 +1,296 @@
+"""One run, live: the three answers, its curves, its nodes, its log, and the levers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, get_args
+from urllib.parse import quote
+
+from nicegui import ui
+from starlette.concurrency import run_in_threadpool as beside
+from starlette.requests import Request
+
+from fedllm.errors import FedllmError
+from fedllm.run_database import Event
+from server.dashboard import verdict
+from server.dashboard.access import Principal
+from server.dashboard.desk import Desk
+from server.dashboard.downloads import File
+from server.dashboard.pages import charts
+from server.dashboard.pages.answers import Answers
+from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, watch
+from server.dashboard.pages.node_table import NodeTable
+from server.dashboard.shelf import Overview
+from server.dashboard.verdict import Verdict
+from server.dashboard.wording import human_seconds
+
+__all__ = ["register"]
+
+_LINES = 500
+
+
+def register(desk: Desk) -> None:
+    """Serve ``/runs/NAME``."""
+
+    @ui.page("/runs/{name}")
+    async def run_page(request: Request, name: str) -> None:
+        with frame(request, name) as who:
+            try:
+                view = await beside(desk.overview, name)
+            except FedllmError as error:
+                empty(f"There is no run {name}", f"{error}; the list of runs has those there are.")
+                return
+            if view.state in ("starting", "unreadable") or not view.method:
+                _before(desk, who, view)
+                return
+            page = _RunPage(desk, who, name)
+            await page.look()
+            watch(desk, who, page.look)
+
+
+def _before(desk: Desk, who: Principal, view: Overview) -> None:
+    """Show a run that has no records yet, or none that can be read."""
+    with ui.element("div").classes("row apart"), ui.element("div").classes("row"):
+        heading(view.name)
+        chip(view.state)
+    if view.reason:
+        empty("It did not start" if view.state == "failed" else "It cannot be read", view.reason)
+    else:
+        empty("Starting", "Model and data are being loaded; this page goes on by itself.")
+    output = ui.label(desk.launcher.log(view.name)).classes("log panel")
+
+    def look() -> None:
+        output.text = desk.launcher.log(view.name)
+        if desk.overview(view.name).state != view.state:
+            ui.navigate.reload()
+
+    watch(desk, who, look)
+
+
+class _Answer:
+    """A card with one of the three answers."""
+
+    def __init__(self, question: str) -> None:
+        with ui.element("section").classes("panel verdict") as self.card:
+            ui.label(question).classes("question")
+            self.headline = ui.label().classes("headline").props('role="status"')
+            self.detail = ui.label().classes("detail")
+
+    def show(self, answer: Verdict) -> None:
+        self.card.props(f'data-tone="{answer.tone}"')
+        self.headline.text, self.detail.text = answer.headline, answer.detail
+
+
+class _RunPage:
+    def __init__(self, desk: Desk, who: Principal, name: str) -> None:
+        self.desk, self.who, self.name = desk, who, name
+        self.stamp: object = None
+        self.state = ""
+        self.last_event = 0
+        with ui.element("div").classes("row apart"):
+            with ui.element("div").classes("row"):
+                heading(name)
+                self.chip = chip("")
+                self.doing = ui.label().classes("soft")
+            self.levers = ui.element("div").classes("row")
+        with ui.element("div").classes("row"):
+            with ui.element("div").classes("progress").props('aria-hidden="true"').style("flex: 1"):
+                self.bar = ui.element("i")
+            self.count = ui.label().classes("soft number")
+        with ui.element("div").classes("cards"):
+            self.answers = [
+                _Answer(question) for question in ("Is it running well?", "Who is slow?", "What did it cost?")
+            ]
+        self._draw_charts()
+        self._draw_tabs()
+
+    def _draw_charts(self) -> None:
+        with ui.element("div").classes("charts"):
+            with ui.element("section").classes("panel"):
+                with ui.element("div").classes("row apart"):
+                    heading("Quality", 2)
+                    with ui.element("div").classes("row"):
+                        self.metric = _choice([], self._draw_curves, "Metric")
+                        self.axis = _choice(list(charts.AXES), self._draw_curves, "Against")
+                self.quality = ui.echart({}).classes("chart")
+            with ui.element("section").classes("panel"):
+                heading("Bytes by round", 2)
+                self.traffic = ui.echart({}).classes("chart")
+            with ui.element("section").classes("panel") as self.facts_panel:
+                with ui.element("div").classes("row apart"):
+                    heading("What the method reports", 2)
+                    self.fact = _choice([], self._draw_curves, "Fact")
+                self.facts = ui.echart({}).classes("chart")
+
+    def _draw_tabs(self) -> None:
+        names = ("Nodes", "Answers", "Log", "Configuration", "Checkpoints", "Audit")
+        with ui.tabs().props("align=left no-caps dense outside-arrows mobile-arrows") as tabs:
+            for name in names:
+                ui.tab(name)
+        with ui.tab_panels(tabs, value="Nodes").props("keep-alive"):
+            with ui.tab_panel("Nodes"):
+                self.nodes = NodeTable(self.desk, self.who, self.name)
+            with ui.tab_panel("Answers"):
+                self.rounds = Answers(self.desk, self.name)
+            with ui.tab_panel("Log"), ui.element("div").classes("panel"):
+                self.log = ui.label().classes("log").props('role="log" tabindex="0" aria-label="Log"')
+            with ui.tab_panel("Configuration"), ui.element("div").classes("panel"):
+                ui.label(self.desk.shelf.run(self.name).config.to_toml()).classes("log")
+            with ui.tab_panel("Checkpoints"):
+                self.checkpoints = ui.element("div").classes("panel")
+            with ui.tab_panel("Audit"), ui.element("div").classes("panel"):
+                self.audit = ui.label().classes("log")
+
+    async def look(self) -> None:
+        """Show what has changed since the last look."""
+        view = await beside(self.desk.overview, self.name)
+        self._show_head(view)
+        stamp = await beside(self.desk.shelf.stamp, self.name)
+        if stamp == self.stamp:
+            return
+        self.stamp = stamp
+        nodes = await beside(self.desk.shelf.nodes, self.name)
+        self.answers[1].show(verdict.slow(nodes))
+        self.nodes.show(nodes, live=view.live)
+        await self._show_rounds()
+        await self._show_log()
+
+    def _show_head(self, view: Overview) -> None:
+        self.answers[0].show(verdict.health(view))
+        self.answers[2].show(verdict.cost(view))
+        self.count.text = f"round {view.round} of {view.rounds}"
+        if view.seconds_left is not None:
+            self.count.text += f", about {human_seconds(view.seconds_left)} left"
+        self.doing.text = verdict.phase_sentence(view) if view.state == "running" else ""
+        self.bar.style(f"width: {100 * view.round / view.rounds:.1f}%")
+        if view.state != self.state:
+            self.state = view.state
+            self.chip.text = view.state
+            self.chip.props(f'data-state="{view.state}"')
+            self.levers.clear()
+            with self.levers:
+                self._draw_levers(view)
+
+    async def _show_rounds(self) -> None:
+        self.records = await beside(self.desk.shelf.rounds, self.name)
+        _offer(self.metric, charts.metric_names(self.records))
+        _offer(self.fact, charts.fact_names(self.records))
+        self.facts_panel.set_visibility(bool(self.fact.options))
+        self.rounds.offer([record.round for record in self.records])
+        self._draw_curves()
+        held = await beside(self.desk.checkpoints, self.name)
+        self.checkpoints.clear()
+        with self.checkpoints:
+            self._draw_checkpoints(held)
+
+    def _draw_curves(self) -> None:
+        if self.metric.value:
+            _redraw(self.quality, charts.quality(self.records, self.metric.value, self.axis.value))
+        _redraw(self.traffic, charts.traffic(self.records))
+        if self.fact.value:
+            _redraw(self.facts, charts.facts(self.records, self.fact.value))
+
+    async def _show_log(self) -> None:
+        stored = self.desk.shelf.run(self.name)
+        found = await beside(stored.events, self.last_event, 10_000)
+        if found:
+            self.last_event = found[-1].id
+            lines = [*self.log.text.splitlines(), *map(_line, found)]
+            self.log.text = "\n".join(lines[-_LINES:])
+        noted = await beside(stored.audit_log)
+        self.audit.text = (
+            "\n".join(f"{_clock(row['at'])}  {row['who']}  {row['action']}  {row['detail']}" for row in noted)
+            or "Nobody has changed anything."
+        )
+
+    # --- levers -----------------------------------------------------------------------------------------
+
+    def _draw_levers(self, view: Overview) -> None:
+        ask, who = self._ask, self.who
+        if view.state == "running":
+            lever("Pause", ask("pause"), who=who)
+        if view.state == "paused":
+            lever("Resume", ask("resume"), who=who, style="main")
+        if view.live:
+            lever("Stop", self._confirm_stop, who=who, style="danger")
+        elif view.state != "finished":
+            lever("Resume", self._go_on, who=who, style="main")
+        lever("Clone", lambda: ui.navigate.to(f"/start?clone={quote(self.name, safe='')}"), who=who)
+        with ui.button("Download", color=None).props("no-caps unelevated").classes("lever"), ui.menu():
+            for file in get_args(File):
+                self._draw_download(file)
+
+    def _draw_download(self, file: str) -> None:
+        path = f"/api/runs/{quote(self.name, safe='')}/files/{file}"
+
+        async def fetch() -> None:
+            folder = self.desk.shelf.folder(self.name)
+            if file == "adapter.zip" and not any((folder / kind).is_dir() for kind in ("adapter", "model")):
+                ui.notify("There is no result yet: it is written after the last round", type="warning")
+            else:
+                ui.download(path)
+
+        ui.menu_item(file, on_click=fetch)
+
+    def _ask(self, kind: str) -> Callable[[], Any]:
+        async def ask() -> None:
+            said = f"{kind}: takes effect before the next round"
+            await act(lambda: self.desk.command(self.who, self.name, kind), said)
+
+        return ask
+
+    async def _go_on(self) -> None:
+        await act(lambda: self.desk.go_on(self.who, self.name), "It goes on at its last checkpoint")
+
+    async def _confirm_stop(self) -> None:
+        with ui.dialog() as dialog, ui.card():
+            ui.label("Stop after this round? It can be resumed later.")
+            with ui.element("div").classes("row"):
+                ui.button("Stop", on_click=lambda: dialog.submit(True), color="negative").props("no-caps")
+                ui.button("Keep running", on_click=lambda: dialog.submit(False)).props("flat no-caps")
+        if await dialog:
+            await self._ask("stop")()
+
+    def _draw_checkpoints(self, held: list[int]) -> None:
+        if not held:
+            ui.label("There is no checkpoint yet; one is written after every round.").classes("soft")
+        for number_ in reversed(held):
+            with ui.element("div").classes("row apart"):
+                ui.label(f"after round {number_}")
+                lever("Go on from here", self._roll_back(number_), who=self.who)
+
+    def _roll_back(self, round: int) -> Callable[[], Any]:
+        async def roll_back() -> None:
+            said = f"It goes on after round {round}; later rounds are forgotten"
+            await act(lambda: self.desk.go_on(self.who, self.name, round), said)
+
+        return roll_back
+
+
+def _choice(options: list[str], changed: Callable[[], None], label: str) -> ui.select:
+    value = options[0] if options else None
+    return ui.select(options, value=value, on_change=changed, label=label).props(
+        "dense outlined options-dense"
+    )
+
+
+def _offer(choice: ui.select, options: list[str]) -> None:
+    if options != choice.options:
+        value = choice.value if choice.value in options else (options[0] if options else None)
+        choice.set_options(options, value=value)
+
+
+def _redraw(chart: ui.echart, options: dict[str, Any]) -> None:
+    if chart.options != options:
+        chart.options.clear()
+        chart.options.update(options)
+        chart.update()
+
+
+def _line(event: Event) -> str:
+    return f"{_clock(event.at)}  {event.kind:<10}  {event.message}"
+
+
+def _clock(at: float) -> str:
+    return f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"
