@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from fedllm import wire
 from fedllm.errors import DataError
 
-SLOW_SECONDS = 45.0
+SLOW_SECONDS = 80.0
 
 
 def play(request: bytes) -> bytes:

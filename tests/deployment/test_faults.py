@@ -80,8 +80,9 @@ def test_a_killed_superlink_loses_nothing(
     run = three.submit(config)
     three.await_round(run, 1)
     psutil.Process(three.link.child.pid).kill()
-    stored = StoredRun(run.folder)
-    until(lambda: stored.pid is None)
+    # As fedllm server does: Flower's processes end with their parent, once that has been waited for.
+    until(lambda: three.link.child.poll() is not None)
+    until(lambda: StoredRun(run.folder).pid is None)
     with contextlib.ExitStack() as stack:
         three.restart_link(stack)
         until(lambda: len(three.online()) == 3, 180)
@@ -96,14 +97,14 @@ def test_a_hostile_node_spoils_nothing(tiny_encoder: Path, tiny_texts: Path, tmp
         tiny_texts,
         name="hostile",
         rounds=6,
-        server={"sample": 3, "quorum": 2, "deadline_s": 30.0, "retries": 9},
+        server={"sample": 3, "quorum": 2, "deadline_s": 60.0, "retries": 9},
         tuning={"rank": 2, "alpha": 4.0, "targets": ("query", "value")},
     )
     with federation(tmp_path / "federation", 3) as made:
         made.join(0, 1)
         made.join(2, answer="tests.deployment.answers:hostile")
         run = made.submit(config)
-        made.await_round(run, 1)
+        made.await_round(run, 0)
         summary = made.finish(run)
         outcomes = {row.round: row for row in StoredRun(run.folder).nodes(node=2) if row.exchange == "fit"}
     assert summary["status"] == "finished"
