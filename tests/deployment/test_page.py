@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 
 
 def test_three_nodes_on_one_machine(tmp_path: Path) -> None:
-    """LoRA, FwdLLM and FedKD over TLS with authenticated nodes; the shell's own Ctrl-C equivalent ends all."""
+    """LoRA, FwdLLM and FedKD over TLS with authenticated nodes; one kill ends all that was started."""
     (commands,) = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
