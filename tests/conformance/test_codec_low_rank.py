@@ -89,7 +89,10 @@ def test_an_svd_that_does_not_converge_goes_dense(monkeypatch: pytest.MonkeyPatc
 
 def test_the_share_rises_with_progress() -> None:
     x = {"x": matrix(80, 60, [1.0] * 8)}
-    ranks = [torch.linalg.matrix_rank(decoded('low_rank(energy="0.4->0.9")', x, t)["x"], rtol=1e-3) for t in (0, 0.5, 1)]
+    ranks = [
+        torch.linalg.matrix_rank(decoded('low_rank(energy="0.4->0.9")', x, t)["x"], rtol=1e-3)
+        for t in (0, 0.5, 1)
+    ]
     assert [int(rank) for rank in ranks] == [4, 6, 8]
     assert LowRank("0.95->0.98").share(1.0) == pytest.approx(0.98)
 

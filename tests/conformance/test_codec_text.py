@@ -41,7 +41,10 @@ def test_text_and_python_give_the_same_codec() -> None:
         ("quantize(4) | rotate", "rotate takes floats, but quantize leaves codes"),
         ("quantize(4) | sign", "sign takes floats, but quantize leaves codes"),
         ("rotate | low_rank(rank=2)", "low_rank takes tensors, but rotate leaves floats"),
-        ("entropy", "entropy takes codes, but the input leaves tensors: put quantize, nf4, sign or cast between them"),
+        (
+            "entropy",
+            "entropy takes codes, but the input leaves tensors: put quantize, nf4, sign or cast between them",
+        ),
         ("sign | entropy | entropy", "entropy takes codes, but entropy leaves bytes"),
         ("none | sign", "none is a codec by itself and cannot be a stage of a chain"),
         ("error_feedback", "error_feedback needs inner"),
