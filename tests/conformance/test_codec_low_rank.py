@@ -71,6 +71,16 @@ def test_flat_spectra_go_dense_instead_of_growing(method: str) -> None:
     assert torch.equal(decoded(f"low_rank(energy=0.95, method={method})", x)["x"], x["x"])
 
 
+@methods
+def test_a_flat_matrix_goes_dense_beside_one_that_is_not(method: str) -> None:
+    flat = torch.randn(90, 90, generator=torch.Generator().manual_seed(0))
+    x = {"flat": flat, "low": matrix(300, 200, [2.0, 1.0])}
+    y = decoded(f"low_rank(energy=0.99, method={method})", x)
+    assert torch.equal(y["flat"], x["flat"])
+    payload, _ = parse(f"low_rank(energy=0.99, method={method})").encode(x, {}, CONTEXT)
+    assert len(payload) == HEADER_BYTES + 4 + 4 * (90 * 90 + 2 * 500)
+
+
 def test_dense_is_chosen_from_where_factors_are_no_smaller() -> None:
     for m, n in [(768, 768), (384, 8), (5, 384), (2, 2), (1, 50), (1000, 3)]:
         k = largest_rank(m, n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from fedllm.codecs.rotate import Rotate, hadamard
 from fedllm.codecs.sparse import index_bytes, pack_positions, unpack_positions
 from fedllm.errors import CodecError
 from fedllm.tensors import Tensors, dense_bytes, spec_of
-from simulations.bench.codec_fuzz import CODECS, fuzz, mutate, samples
+from simulations.bench.codec_fuzz import CODECS, Sample, fuzz, mutate, samples
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -86,6 +87,17 @@ def test_positions_are_lossless_and_within_two_bits_of_their_range(size: int, da
     assert len(packed) * 8 <= min(size, count * (2 + math.log2(size / count))) + 5 * 7
 
 
+@pytest.mark.parametrize("wrong", [[5, 5], [7, 3], [3, 120]])
+def test_positions_out_of_order_or_range_are_refused(wrong: list[int]) -> None:
+    low = pack_codes(np.array([position & 31 for position in wrong], np.uint8), 5)
+    high = np.zeros(5, np.uint8)
+    high[[(position >> 5) + index for index, position in enumerate(wrong)]] = 1
+    data = bytes(low) + np.packbits(high, bitorder="little").tobytes()
+    assert len(data) == index_bytes(2, 100)
+    with pytest.raises(CodecError, match="out of order or out of range"):
+        unpack_positions(memoryview(data), 2, 100)
+
+
 @given(counts=st.lists(st.integers(0, 400), min_size=2, max_size=40), seed=st.integers(0, 99))
 @quick
 def test_entropy_coding_is_lossless_and_near_the_entropy(counts: list[int], seed: int) -> None:
@@ -131,10 +143,18 @@ def test_rotation_spreads_one_value_over_a_row_of_any_width() -> None:
 @pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.text)
 @given(cut=st.integers(0, 400))
 @settings(quick, max_examples=20)
-def test_any_beginning_of_a_payload_is_refused(sample: object, cut: int) -> None:
+def test_any_beginning_of_a_payload_is_refused(sample: Sample, cut: int) -> None:
     codec = parse(sample.text)
     with pytest.raises(CodecError):
         codec.decode(sample.payload[: min(cut, len(sample.payload) - 1)], sample.spec, {}, CodecContext())
+
+
+@pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.text)
+def test_bytes_too_many_are_refused_even_with_a_checksum_that_fits(sample: Sample) -> None:
+    body = sample.payload[9:] + b"\0"
+    checksum = zlib.crc32(body, zlib.crc32(sample.payload[:5])).to_bytes(4, "little")
+    with pytest.raises(CodecError, match=r"1 bytes too many"):
+        parse(sample.text).decode(sample.payload[:5] + checksum + body, sample.spec, {}, CodecContext())
 
 
 def test_mutated_payloads_decode_or_are_refused_in_bounded_memory() -> None:
