@@ -13,6 +13,10 @@ __all__ = ["Field", "fields", "parse"]
 Kind = Literal["switch", "choice", "whole", "number", "words", "text"]
 
 
+_ELSEWHERE = ("name", "method", "options")
+"""Asked for beside the form, given by what one starts from, and found in the method's own section."""
+
+
 @dataclass(frozen=True)
 class Field:
     """One setting.
@@ -56,7 +60,7 @@ def fields(schemas: Mapping[str, Any], document: Mapping[str, Any]) -> list[Fiel
         section = rule.get("$ref", "").rpartition("/")[2]
         if section:
             found += _section(name, whole["$defs"][section], document.get(name, {}))
-        elif name not in ("name", "options"):
+        elif name not in _ELSEWHERE:
             found += _field(name, "", rule, document)
     method = str(document.get("method", ""))
     if method in schemas["methods"]:

@@ -169,7 +169,13 @@ def _run(command: Sequence[str]) -> str:
 def setting(key: str, value: Any) -> str:
     """Write one setting as ``--set`` takes it.
 
-    >>> setting("codec.up", "quantize(bits=8)"), setting("tuning.targets", ["query"])
-    ('codec.up="quantize(bits=8)"', 'tuning.targets=["query"]')
+    >>> setting("codec.up", "quantize(bits=8)"), setting("tuning.targets", ["query", "value"])
+    ('codec.up="quantize(bits=8)"', 'tuning.targets=["query", "value"]')
     """
-    return f"{key}={tomli_w.dumps({'value': value}).partition('=')[2].strip()}"
+    if isinstance(value, list):
+        return f"{key}=[{', '.join(_toml(item) for item in value)}]"
+    return f"{key}={_toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    return tomli_w.dumps({"value": value}).partition("=")[2].strip()

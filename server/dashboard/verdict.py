@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from server.dashboard.shelf import NodeTotal, Overview
-from server.dashboard.wording import human_bytes, human_seconds, number
+from server.dashboard.wording import human_bytes, human_seconds, number, times
 
 __all__ = ["Verdict", "cost", "health", "phase_sentence", "slow"]
 
@@ -77,7 +77,9 @@ def cost(run: Overview) -> Verdict:
         return Verdict("idle", "Nothing yet", "no message has crossed")
     parts = [f"up {human_bytes(run.bytes_up)}, down {human_bytes(run.bytes_down)}"]
     if run.reference_bytes > 1.05 * moved:
-        parts.append(f"{run.reference_bytes / moved:.3g}x less than the whole model")
+        parts.append(f"{times(run.reference_bytes / moved)} less than the whole model")
+    if run.dense_up + run.dense_down > 1.05 * moved:
+        parts.append(f"codecs save {times((run.dense_up + run.dense_down) / moved)}")
     parts.append(human_seconds(run.seconds))
     return Verdict("good", human_bytes(moved), "; ".join(parts))
 

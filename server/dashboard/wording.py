@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["ago", "human_bytes", "human_seconds", "number"]
+__all__ = ["ago", "human_bytes", "human_seconds", "number", "times"]
 
 
 def human_bytes(count: float | None) -> str:
@@ -49,13 +49,25 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
+def times(ratio: float) -> str:
+    """Write a ratio.
+
+    >>> times(8271.4), times(12.34), times(1.5)
+    ('8,271x', '12.3x', '1.5x')
+    """
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+
+
 def ago(at: float | None, now: float | None = None) -> str:
     """Write how long ago a Unix time was.
 
-    >>> ago(100.0, now=175.0), ago(None)
-    ('1 min 15 s ago', 'never')
+    >>> ago(100.0, now=175.0), ago(0.0, now=7300.0), ago(None)
+    ('1 min ago', '2 h ago', 'never')
     """
     if at is None:
         return "never"
     passed = (time.time() if now is None else now) - at
-    return "just now" if passed < 2 else f"{human_seconds(passed)} ago"
+    if passed < 2:
+        return "just now"
+    first, unit, *_ = human_seconds(round(passed)).split()
+    return f"{float(first):.0f} {unit} ago"

@@ -21,7 +21,7 @@ LogIn = Callable[..., TestClient]
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     """A desk whose password hashes are as weak as they can be, for speed."""
     weak = argon2.PasswordHasher.from_parameters(argon2.profiles.CHEAPEST)
-    monkeypatch.setattr(access.argon2, "PasswordHasher", lambda: weak)
+    monkeypatch.setattr(argon2, "PasswordHasher", lambda: weak)
     return Desk(tmp_path / "runs")
 
 

@@ -123,7 +123,7 @@ def test_sessions_end_when_idle_and_in_any_case() -> None:
     clock = [0.0]
     sessions = Sessions(idle_s=10.0, whole_s=25.0, now=lambda: clock[0])
     key = sessions.open("olive", "operator").session
-    for clock[0] in (9.0, 18.0, 24.0):  # type: ignore[assignment]
+    for clock[0] in (9.0, 18.0, 24.0):
         assert sessions.find(key) is not None
     clock[0] = 25.5
     assert sessions.find(key) is None

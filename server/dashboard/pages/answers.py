@@ -9,18 +9,22 @@ from starlette.concurrency import run_in_threadpool as beside
 
 from fedllm.run_database import NodeRound
 from server.dashboard.desk import Desk
+from server.dashboard.pages.table import Table, column
 from server.dashboard.wording import human_bytes, human_seconds, number
 
 __all__ = ["Answers"]
 
-_LABELS = {
-    "node": "Node", "exchange": "Exchange", "status": "Status", "reason": "Reason", "loss": "Loss",
-    "compute": "Compute", "transfer": "Transfer", "up": "Up", "down": "Down", "memory": "Peak memory",
-    "norm": "Update norm",
-}  # fmt: skip
 _COLUMNS = [
-    {"name": key, "label": label, "field": key, "align": "left", "sortable": True}
-    for key, label in _LABELS.items()
+    column("node", "Node"),
+    column("exchange", "Exchange", wide=True),
+    column("status", "Status", "chip", why=True),
+    column("loss", "Loss", right=True),
+    column("compute", "Compute", right=True),
+    column("transfer", "Transfer", right=True, wide=True),
+    column("up", "Up", right=True, wide=True),
+    column("down", "Down", right=True, wide=True),
+    column("memory", "Memory", right=True, wide=True),
+    column("norm", "Update norm", right=True, wide=True),
 ]
 
 
@@ -33,18 +37,7 @@ class Answers:
         self.choice = ui.select([], label="Round", on_change=self._chosen).props(
             "dense outlined options-dense"
         )
-        self.table = ui.table(rows=[], columns=_COLUMNS, row_key="key", pagination={"rowsPerPage": 50}).props(
-            'flat binary-state-sort aria-label="Answers of one round"'
-        )
-        self.table.style("margin-top: 1rem")
-        self.table.add_slot(
-            "body-cell-status",
-            '<q-td :props="props"><span class="chip" :data-state="props.value">{{ props.value }}</span>'
-            "</q-td>",
-        )
-        self.table.add_slot(
-            "body-cell-reason", '<q-td :props="props" class="reason">{{ props.value }}</q-td>'
-        )
+        self.table = Table(_COLUMNS, "Answers of one round").style("margin-top: 1rem")
 
     def offer(self, rounds: list[int]) -> None:
         """Let these rounds be chosen; whoever looks at the last one moves on to the next."""
@@ -62,21 +55,29 @@ class Answers:
         rows = await beside(lambda: stored.nodes(round=number_))
         moved = await beside(lambda: stored.traffic(("node", "direction", "exchange"), round=number_))
         bytes_ = {(row["node"], row["direction"], row["exchange"]): row["bytes"] for row in moved}
-        self.table.rows = [_row(index, row, bytes_) for index, row in enumerate(rows)]
+        self.table.show([_row(index, row, bytes_) for index, row in enumerate(rows)])
 
 
 def _row(index: int, row: NodeRound, moved: dict[tuple[int, str, str], int]) -> dict[str, Any]:
+    up, down = (moved.get((row.node, way, row.exchange), 0) for way in ("up", "down"))
     return {
         "key": index,
         "node": row.node,
         "exchange": row.exchange + (f", attempt {row.attempt + 1}" if row.attempt else ""),
         "status": row.status,
-        "reason": row.reason or "",
-        "loss": number(row.loss),
-        "compute": human_seconds(row.compute_seconds),
-        "transfer": human_seconds(row.transfer_seconds),
-        "up": human_bytes(moved.get((row.node, "up", row.exchange), 0)),
-        "down": human_bytes(moved.get((row.node, "down", row.exchange), 0)),
-        "memory": human_bytes(row.peak_rss_bytes),
-        "norm": number(row.update_norm),
+        "why": row.reason or "",
+        "loss": row.loss,
+        "loss_text": number(row.loss),
+        "compute": row.compute_seconds,
+        "compute_text": human_seconds(row.compute_seconds),
+        "transfer": row.transfer_seconds,
+        "transfer_text": human_seconds(row.transfer_seconds),
+        "up": up,
+        "up_text": human_bytes(up),
+        "down": down,
+        "down_text": human_bytes(down),
+        "memory": row.peak_rss_bytes,
+        "memory_text": human_bytes(row.peak_rss_bytes),
+        "norm": row.update_norm,
+        "norm_text": number(row.update_norm),
     }

@@ -56,7 +56,8 @@ def frame(request: Request, title: str) -> Iterator[Principal]:
         ui.label(f"{who.name} ({who.role})").classes("who")
         with ui.element("form").props('method="post" action="/logout"'):
             _text("button", "Log out").props('type="submit"').classes("quiet")
-    with ui.element("main").props('id="content" tabindex="-1"'):
+    # Quasar's page is the <main> around it.
+    with ui.element("div").classes("content").props('id="content" tabindex="-1"'):
         yield who
 
 

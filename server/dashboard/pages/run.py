@@ -46,6 +46,9 @@ def register(desk: Desk) -> None:
                 return
             page = _RunPage(desk, who, name)
             await page.look()
+            # The page is painted before the browser loads the chart library.
+            await ui.context.client.connected()
+            page.draw_charts()
             watch(desk, who, page.look)
 
 
@@ -102,26 +105,31 @@ class _RunPage:
             self.answers = [
                 _Answer(question) for question in ("Is it running well?", "Who is slow?", "What did it cost?")
             ]
-        self._draw_charts()
+        self.charts = ui.element("div").classes("charts")
+        self.charted = False
         self._draw_tabs()
 
-    def _draw_charts(self) -> None:
-        with ui.element("div").classes("charts"):
+    def draw_charts(self) -> None:
+        """Draw the curves."""
+        with self.charts:
             with ui.element("section").classes("panel"):
                 with ui.element("div").classes("row apart"):
                     heading("Quality", 2)
                     with ui.element("div").classes("row"):
-                        self.metric = _choice([], self._draw_curves, "Metric")
-                        self.axis = _choice(list(charts.AXES), self._draw_curves, "Against")
+                        self.metric = _choice(self._draw_curves, "Metric")
+                        self.axis = _choice(self._draw_curves, "Against")
                 self.quality = ui.echart({}).classes("chart")
             with ui.element("section").classes("panel"):
-                heading("Bytes by round", 2)
+                with ui.element("div").classes("row"):
+                    heading("Bytes by round", 2)
                 self.traffic = ui.echart({}).classes("chart")
             with ui.element("section").classes("panel") as self.facts_panel:
                 with ui.element("div").classes("row apart"):
                     heading("What the method reports", 2)
-                    self.fact = _choice([], self._draw_curves, "Fact")
+                    self.fact = _choice(self._draw_curves, "Fact")
                 self.facts = ui.echart({}).classes("chart")
+        self.charted = True
+        self._draw_curves()
 
     def _draw_tabs(self) -> None:
         names = ("Nodes", "Answers", "Log", "Configuration", "Checkpoints", "Audit")
@@ -174,9 +182,6 @@ class _RunPage:
 
     async def _show_rounds(self) -> None:
         self.records = await beside(self.desk.shelf.rounds, self.name)
-        _offer(self.metric, charts.metric_names(self.records))
-        _offer(self.fact, charts.fact_names(self.records))
-        self.facts_panel.set_visibility(bool(self.fact.options))
         self.rounds.offer([record.round for record in self.records])
         self._draw_curves()
         held = await beside(self.desk.checkpoints, self.name)
@@ -185,6 +190,12 @@ class _RunPage:
             self._draw_checkpoints(held)
 
     def _draw_curves(self) -> None:
+        if not self.charted:
+            return
+        _offer(self.axis, list(charts.AXES))
+        _offer(self.metric, charts.metric_names(self.records))
+        _offer(self.fact, charts.fact_names(self.records))
+        self.facts_panel.set_visibility(bool(self.fact.options))
         if self.metric.value:
             _redraw(self.quality, charts.quality(self.records, self.metric.value, self.axis.value))
         _redraw(self.traffic, charts.traffic(self.records))
@@ -268,11 +279,8 @@ class _RunPage:
         return roll_back
 
 
-def _choice(options: list[str], changed: Callable[[], None], label: str) -> ui.select:
-    value = options[0] if options else None
-    return ui.select(options, value=value, on_change=changed, label=label).props(
-        "dense outlined options-dense"
-    )
+def _choice(changed: Callable[[], None], label: str) -> ui.select:
+    return ui.select([], on_change=changed, label=label).props("dense outlined options-dense")
 
 
 def _offer(choice: ui.select, options: list[str]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
@@ -13,38 +13,22 @@ from starlette.requests import Request
 
 from server.dashboard.desk import Desk
 from server.dashboard.pages.layout import empty, frame, heading, watch
+from server.dashboard.pages.table import Table, column
 from server.dashboard.shelf import Overview
 from server.dashboard.wording import human_bytes, human_seconds, number
 
 __all__ = ["register", "spark"]
 
-_COLUMNS: list[dict[str, Any]] = [
-    {"name": "state", "label": "State", "field": "state", "align": "left", "sortable": True},
-    {"name": "name", "label": "Run", "field": "name", "align": "left", "sortable": True},
-    {"name": "method", "label": "Method", "field": "method", "align": "left", "sortable": True, "wide": True},
-    {"name": "model", "label": "Model", "field": "model", "align": "left", "sortable": True, "wide": True},
-    {"name": "round", "label": "Round", "field": "share", "align": "left", "sortable": True},
-    {"name": "value", "label": "Quality", "field": "value", "align": "left", "sortable": True},
-    {"name": "bytes", "label": "Moved", "field": "bytes", "align": "right", "sortable": True, "wide": True},
-    {"name": "left", "label": "Time left", "field": "left", "align": "right", "sortable": True, "wide": True},
+_COLUMNS = [
+    column("state", "State", "chip", wide=True),
+    column("name", "Run", "link", why=True),
+    column("method", "Method", wide=True),
+    column("model", "Model", wide=True),
+    column("share", "Round", "progress"),
+    column("value", "Quality", "curve"),
+    column("bytes", "Moved", right=True, wide=True),
+    column("left", "Time left", right=True, wide=True),
 ]
-for _column in _COLUMNS:
-    if _column.pop("wide", False):
-        _column |= {"classes": "wide", "headerClasses": "wide"}
-
-_SLOTS = {
-    "state": '<span class="chip" :data-state="props.row.state">{{ props.row.state }}</span>',
-    "name": """<a class="name" :href="'/runs/' + encodeURIComponent(props.row.name)">{{ props.row.name }}</a>
-        <div class="reason" v-if="props.row.reason">{{ props.row.reason }}</div>""",
-    "round": """{{ props.row.round }} of {{ props.row.rounds }}
-        <div class="progress" aria-hidden="true">
-        <i :style="{width: 100 * props.row.share + '%'}"></i></div>""",
-    "value": """<span :title="props.row.metric">{{ props.row.quality }}</span>
-        <svg class="spark wide" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">
-        <polyline :points="props.row.spark"></polyline></svg>""",
-    "bytes": "{{ props.row.moved }}",
-    "left": "{{ props.row.remaining }}",
-}
 
 
 def register(desk: Desk) -> None:
@@ -74,50 +58,26 @@ def register(desk: Desk) -> None:
 
         async def look() -> None:
             found = await beside(desk.overviews)
-            rows = [_row(view) for view in found]
-            if rows != table.rows:
-                table.rows = rows
-                counted.text = _counted(found)
+            table.show([_row(view) for view in found])
+            counted.text = _counted(found)
 
         watch(desk, who, look)
 
 
-def _table(views: Sequence[Overview]) -> ui.table:
-    with ui.element("div").classes("row"):
+def _table(views: Sequence[Overview]) -> Table:
+    with ui.element("div").classes("row").style("margin-bottom: 1rem"):
         search = ui.input("Filter by name, method, model").props("dense outlined clearable")
         states = ["all states", *sorted({view.state for view in views})]
         state = ui.select(states, value="all states", label="State").props("dense outlined")
-    table = ui.table(
-        rows=[_row(view) for view in views],
-        columns=_COLUMNS,
-        row_key="name",
-        pagination={"rowsPerPage": 25},
-    ).props('flat binary-state-sort aria-label="Runs"')
-    table.style("margin-top: 1rem")
-    for name, content in _SLOTS.items():
-        table.add_slot(f"body-cell-{name}", f'<q-td :props="props">{content}</q-td>')
-    # Quasar hands the filter to this function for every row.
-    # A function that Quasar calls in the browser, with what narrow() wrote.
-    matches = (
-        "(!state || row.state === state) && (!word || "
-        "(row.name + ' ' + row.method + ' ' + row.model).toLowerCase().includes(word))"
-    )
-    table.props[":filter-method"] = (
-        "(rows, terms) => { const [word, state] = JSON.parse(terms);"
-        f" return rows.filter(row => {matches}) }}"
-    )
+    table = Table(_COLUMNS, "Runs", size=25)
+    table.show([_row(view) for view in views])
 
     def narrow() -> None:
-        wanted = "" if state.value == "all states" else state.value
-        table.filter = _terms(search.value or "", wanted)
+        table.narrow(search.value or "", "" if state.value == "all states" else state.value)
 
     search.on_value_change(narrow)
     state.on_value_change(narrow)
     return table
-
-
-def _terms(word: str, state: str) -> str | None:
-    return json.dumps([word.lower(), state]) if word or state else None
 
 
 def _counted(views: Sequence[Overview]) -> str:
@@ -128,22 +88,23 @@ def _counted(views: Sequence[Overview]) -> str:
 def _row(view: Overview) -> dict[str, Any]:
     moved = view.bytes_up + view.bytes_down
     return {
+        "key": view.name,
+        "href": f"/runs/{quote(view.name, safe='')}",
+        "search": f"{view.name} {view.method} {view.model}".lower(),
         "name": view.name,
         "state": view.state,
-        "reason": view.reason,
+        "why": view.reason,
         "method": view.method,
         "model": view.model,
-        "round": view.round,
-        "rounds": view.rounds or "?",
         "share": view.round / view.rounds if view.rounds else 0.0,
-        "metric": view.metric,
+        "share_text": f"{view.round} of {view.rounds}" if view.rounds else "-",
         "value": view.value,
-        "quality": number(view.value, 3),
+        "value_text": number(view.value, 3),
         "spark": spark(view.series),
         "bytes": moved,
-        "moved": human_bytes(moved),
+        "bytes_text": human_bytes(moved),
         "left": view.seconds_left,
-        "remaining": human_seconds(view.seconds_left),
+        "left_text": human_seconds(view.seconds_left),
     }
 
 

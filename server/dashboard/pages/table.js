@@ -1,0 +1,42 @@
+// A sortable table whose cells stay in place while rows change, so that focus and clicks survive updates.
+export default {
+  template: `
+    <q-table flat binary-state-sort row-key="key" :rows="shown" :columns="columns" :aria-label="label"
+             v-model:pagination="pagination" :hide-bottom="shown.length > 0 && shown.length <= size"
+             no-data-label="Nothing to show">
+      <template v-slot:body-cell="cell">
+        <q-td :props="cell">
+          <span v-if="cell.col.kind === 'chip'" class="chip" :data-state="cell.value">{{ cell.value }}</span>
+          <a v-else-if="cell.col.kind === 'link'" class="name" :href="cell.row.href">{{ cell.value }}</a>
+          <q-btn v-else-if="cell.col.kind === 'lever' && cell.row.lever" flat dense no-caps size="sm"
+                 :label="cell.row.lever" :aria-label="cell.row.lever + ' node ' + cell.row.key"
+                 @click="$emit('lever', {node: cell.row.key, lever: cell.row.lever})"></q-btn>
+          <div v-else :class="cell.col.kind">{{ text(cell) }}</div>
+          <div v-if="cell.col.kind === 'progress'" aria-hidden="true"><i :style="{width: 100 * cell.value + '%'}"></i></div>
+          <svg v-if="cell.col.kind === 'curve'" class="spark wide" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">
+            <polyline :points="cell.row.spark"></polyline>
+          </svg>
+          <div v-if="cell.col.kind === 'link'"><span class="chip narrow" :data-state="cell.row.state">{{ cell.row.state }}</span></div>
+          <div v-if="cell.col.why && cell.row.why" class="reason">{{ cell.row.why }}</div>
+        </q-td>
+      </template>
+    </q-table>`,
+  props: { rows: Array, columns: Array, label: String, size: Number, search: String, state: String },
+  emits: ["lever"],
+  data() {
+    return { pagination: { rowsPerPage: this.size, page: 1, sortBy: null, descending: false } };
+  },
+  computed: {
+    shown() {
+      const word = (this.search || "").toLowerCase();
+      const fits = (row) => (!this.state || row.state === this.state) && (!word || row.search.includes(word));
+      return word || this.state ? this.rows.filter(fits) : this.rows;
+    },
+  },
+  methods: {
+    // What is shown stands beside what is sorted by.
+    text(cell) {
+      return cell.row[cell.col.name + "_text"] ?? cell.value;
+    },
+  },
+};

@@ -1,0 +1,221 @@
+"""A person at a browser: looks, acts, and is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from fedllm.config import RunConfig
+from fedllm.runs import Run
+from fedllm.store import NodeRound, Round, RunStore
+from tests.dashboard.browser import CHROMIUM, Served, log_in, serve
+from tests.reports.made_up import make_run
+
+pytestmark = pytest.mark.slow
+expect.set_options(timeout=45_000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("dashboard") / "runs"
+    finished = make_run(root / "finished")
+    (finished.folder / "adapter").mkdir()
+    (finished.folder / "adapter" / "adapter_config.json").write_text('{"r": 8}')
+    make_run(root / "broken", accuracies=(0.4, 0.5), status="failed")
+    with serve(root) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def operator(browser: Browser, served: Served) -> Page:
+    return log_in(browser, served)
+
+
+def test_without_login_there_is_only_the_form(browser: Browser, served: Served) -> None:
+    page = browser.new_context(base_url=served.url).new_page()
+    for path in ("/", "/runs/finished", "/access"):
+        answer = page.goto(path)
+        assert answer is not None
+        assert answer.status == 401
+        expect(page.get_by_role("button", name="Log in")).to_be_visible()
+    assert "finished" not in page.content()
+
+
+def test_nothing_is_loaded_from_elsewhere_and_nothing_goes_wrong(
+    browser: Browser, served: Served, operator: Page
+) -> None:
+    page = operator.context.new_page()
+    asked: list[str] = []
+    wrong: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    for path in ("/", "/runs/finished", "/nodes", "/access"):
+        page.goto(path)
+        expect(page.locator("h1")).to_be_visible()
+    page.goto("/runs/finished")
+    expect(page.locator("canvas")).to_have_count(2)
+    assert wrong == []
+    assert [url for url in asked if not url.startswith((served.url, "data:", "blob:"))] == []
+
+
+def test_the_three_questions_are_answered_at_once(operator: Page) -> None:
+    operator.goto("/runs/finished")
+    cards = operator.locator("section.verdict")
+    expect(cards.nth(0)).to_contain_text("Is it running well?")
+    expect(cards.nth(0)).to_contain_text("Finished")
+    expect(cards.nth(1)).to_contain_text("Who is slow?")
+    expect(cards.nth(2)).to_contain_text("2.4 kB")
+
+
+def test_a_failed_run_says_why(operator: Page) -> None:
+    operator.goto("/")
+    row = operator.get_by_role("row").filter(has_text="broken")
+    expect(row).to_contain_text("failed")
+    expect(row).to_contain_text("quorum lost in round 3")
+    row.get_by_role("link", name="broken").click()
+    expect(operator.locator("section.verdict").first).to_contain_text("quorum lost in round 3")
+
+
+def test_the_list_is_filtered(operator: Page) -> None:
+    operator.goto("/")
+    expect(operator.get_by_role("row")).to_have_count(3)
+    operator.get_by_label("Filter by name, method, model").fill("BROK")
+    expect(operator.get_by_role("row")).to_have_count(2)
+
+
+def test_the_adapter_is_downloaded(operator: Page, tmp_path: Path) -> None:
+    operator.goto("/runs/finished")
+    operator.get_by_role("button", name="Download").click()
+    with operator.expect_download() as download:
+        operator.get_by_text("adapter.zip").click()
+    download.value.save_as(tmp_path / "adapter.zip")
+    packed = zipfile.ZipFile(tmp_path / "adapter.zip")
+    assert json.loads(packed.read("adapter/adapter_config.json")) == {"r": 8}
+
+
+def test_a_viewer_looks_and_is_refused(browser: Browser, served: Served) -> None:
+    page = log_in(browser, served, "vera")
+    page.goto("/runs/broken")
+    expect(page.get_by_role("button", name="Resume")).to_be_disabled()
+    status = page.evaluate(
+        """async () => {
+            const session = await (await fetch("/api/session")).json();
+            const headers = {"X-CSRF-Token": session.csrf, "Content-Type": "application/json"};
+            const asked = {method: "POST", headers, body: "{}"};
+            return (await fetch("/api/runs/broken/continue", asked)).status;
+        }"""
+    )
+    assert status == 403
+    page.goto("/access")
+    expect(page.get_by_text("This is for operators")).to_be_visible()
+
+
+def test_logging_out_ends_it(browser: Browser, served: Served) -> None:
+    page = log_in(browser, served)
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_role("button", name="Log in")).to_be_visible()
+    answer = page.goto("/runs/finished")
+    assert answer is not None
+    assert answer.status == 401
+
+
+def test_a_round_shows_within_two_seconds_of_its_end(served: Served, operator: Page) -> None:
+    config = RunConfig(name="moving", clients=3, rounds=9)
+    with RunStore.create(served.root / "moving", config) as store:
+        operator.goto("/runs/moving")
+        for number in range(1, 6):
+            expect(operator.get_by_text(f"round {number - 1} of 9").first).to_be_visible()
+            rows = [NodeRound(round=number, node=0, status="accepted", compute_seconds=1.0)]
+            store.round(Round(round=number, metrics={"accuracy": 0.1 * number}, seconds=1.0), rows)
+            expect(operator.get_by_text(f"round {number} of 9").first).to_be_visible(timeout=2000)
+
+
+def test_a_node_is_quarantined_and_released(served: Served, operator: Page) -> None:
+    config = RunConfig(name="herd", clients=3, rounds=9)
+    with RunStore.create(served.root / "herd", config) as store:
+        store.round(Round(round=1), [NodeRound(round=1, node=2, status="accepted")])
+        operator.goto("/runs/herd")
+        operator.get_by_role("button", name="quarantine node 2").click()
+        expect(operator.get_by_text("takes effect before the next round").first).to_be_visible()
+        (command,) = store.take_commands()
+        assert (command.kind, command.by, command.arguments) == ("quarantine", "olive", {"node": 2})
+        # What the engine notes once it obeys.
+        store.event("quarantine", "olive asked for quarantine", node=2)
+        expect(operator.get_by_role("row").filter(has_text="quarantined")).to_have_count(1)
+        operator.get_by_role("button", name="release node 2").click()
+        expect(operator.get_by_text("release node 2: takes effect").first).to_be_visible()
+        assert [command.kind for command in store.take_commands()] == ["release"]
+
+
+def test_a_simulation_is_watched_paused_resumed_and_stopped(
+    served: Served, operator: Page, tiny_texts: Path, tiny_encoder: Path
+) -> None:
+    folder = served.root / "simulated"
+    settings = {
+        "model.name": tiny_encoder, "data.path": tiny_texts, "clients": 3, "rounds": 400, "name": "simulated",
+        "training.local_steps": 1, "tuning.targets": '["query", "value"]',
+    }  # fmt: skip
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    fedllm = [sys.executable, "-c", "from fedllm.cli import main; main()"]
+    process = subprocess.Popen(
+        [*fedllm, "simulate", "quickstart", *overrides, "--out", str(folder), "--no-report"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _await_rounds(folder, 2, process)
+        operator.goto("/runs/simulated")
+        expect(operator.locator(".chip").first).to_have_text("running")
+        before = Run(folder).rounds()[-1].round
+        _await_rounds(folder, before + 1, process)
+        operator.get_by_role("button", name="Pause").click()
+        expect(operator.locator(".chip").first).to_have_text("paused")
+        paused_at = Run(folder).rounds()[-1].round
+        time.sleep(1.0)
+        assert Run(folder).rounds()[-1].round == paused_at
+        operator.get_by_role("button", name="Resume").click()
+        expect(operator.locator(".chip").first).to_have_text("running")
+        _await_rounds(folder, paused_at + 1, process)
+        operator.get_by_role("button", name="Stop").click()
+        operator.get_by_role("dialog").get_by_role("button", name="Stop").click()
+        expect(operator.locator(".chip").first).to_have_text("stopped")
+        assert process.wait(timeout=60) == 1
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    done = [(line["who"], line["action"]) for line in Run(folder).audit_log()]
+    assert done == [("olive", "pause"), ("olive", "resume"), ("olive", "stop")]
+    assert Run(folder).status == "stopped"
+
+
+def _await_rounds(folder: Path, number: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the simulation ended"
+        if (folder / "rounds.jsonl").is_file() and len(
+            (folder / "rounds.jsonl").read_text().splitlines()
+        ) >= number:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"round {number} never came")
