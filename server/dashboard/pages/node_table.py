@@ -26,7 +26,7 @@ _COLUMNS = [
     column("loss", "Loss", right=True, wide=True),
     column("compute", "Compute", right=True),
     column("transfer", "Transfer", right=True, wide=True),
-    column("moved", "Moved", right=True),
+    column("moved", "Moved", right=True, wide=True),
     column("memory", "Memory", right=True, wide=True),
     column("answers", "Answers", right=True, wide=True),
     column("device", "Device", "device", wide=True),

@@ -125,7 +125,7 @@ class _RunPage:
                 self.traffic = ui.echart({}).classes("chart")
             with ui.element("section").classes("panel") as self.facts_panel:
                 with ui.element("div").classes("row apart"):
-                    heading("What the method reports", 2)
+                    heading("From the method", 2)
                     self.fact = _choice(self._draw_curves, "Fact")
                 self.facts = ui.echart({}).classes("chart")
         self.charted = True

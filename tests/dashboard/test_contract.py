@@ -1,0 +1,60 @@
+"""Whatever is sent to the API, it answers as its own description says, and never with a fault of its own."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import argon2
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from server.dashboard.app import create
+from server.dashboard.desk import Desk
+from server.dashboard.launch import Launcher
+from tests.reports.made_up import make_run
+
+with warnings.catch_warnings():
+    # Of jsonschema and others that it brings along.
+    warnings.simplefilter("ignore")
+    import schemathesis
+    from schemathesis.specs.openapi.checks import negative_data_rejection, unsupported_method
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The API's own description, with a token that may do everything and nothing that starts processes."""
+    weak = argon2.PasswordHasher.from_parameters(argon2.profiles.CHEAPEST)
+    monkeypatch.setattr(argon2, "PasswordHasher", lambda: weak)
+    preset = {"name": "quickstart", "shows": "", "costs": ""}
+    monkeypatch.setattr(Launcher, "presets", lambda self: [preset])
+    monkeypatch.setattr(Launcher, "document", lambda self, preset: {})
+    monkeypatch.setattr(Launcher, "schemas", lambda self: {})
+    monkeypatch.setattr(Launcher, "resolve", lambda self, document, settings: dict(document))
+    monkeypatch.setattr(Launcher, "start", lambda self, name, document: None)
+    monkeypatch.setattr(Launcher, "go_on", lambda self, name: None)
+    desk = Desk(tmp_path / "runs")
+    make_run(desk.root / "a")
+    monkeypatch.setattr(Launcher, "report", lambda self, name: desk.root / "a" / "summary.json")
+    headers = {"Authorization": f"Bearer {desk.accounts.add_token('script', 'operator')}"}
+    return schemathesis.openapi.from_asgi("/api/openapi.json", create(desk), headers=headers), headers
+
+
+@pytest.mark.slow
+def test_the_api_keeps_its_word(described: Any) -> None:
+    schema, headers = described
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) > 25
+    for operation in operations:
+
+        @given(case=operation.as_strategy())
+        @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        def check(case: Any) -> None:
+            # A lenient value such as "0" for a number is no fault; methods are refused by the router itself.
+            excluded = [negative_data_rejection, unsupported_method]
+            case.call_and_validate(headers=headers, excluded_checks=excluded)
+
+        check()
