@@ -6,15 +6,18 @@ import dataclasses
 import errno
 import math
 import os
-import struct
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedllm import wire
 from fedllm.errors import DataError
+
+if TYPE_CHECKING:
+    from strategies.base import Answer
 
 SLOW_SECONDS = 80.0
 
@@ -55,17 +58,24 @@ def hostile(request: bytes) -> bytes:
     if instruction.round == 6:
         with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
             return answer_bytes(request)
+    if instruction.round == 2:
+        # A well-formed payload of NaN: the codec on this side would refuse to write it.
+        with mock.patch("client.worker._clip", _poison), mock.patch("fedllm.codecs.base.require_finite"):
+            return answer_bytes(request)
     reply = wire.unpack_reply(wire.decode(answer_bytes(request)))
     payload = reply.payload
-    if instruction.round == 2:
-        payload = struct.pack("<f", math.nan) * (len(payload) // 4)
     if instruction.round == 3:
         payload = payload[:-8]
     if instruction.round == 4:
-        return wire.encode(_claim(10_000_000_000))
+        return wire.encode(_claim(2_000_000_000))
     if instruction.round == 5:
         time.sleep(SLOW_SECONDS)
     return wire.encode(wire.pack_reply(dataclasses.replace(reply, payload=payload)))
+
+
+def _poison(answered: Answer, limit: float | None) -> Answer:
+    tensors = {name: tensor * math.nan for name, tensor in answered.tensors.items()}
+    return dataclasses.replace(answered, tensors=tensors)
 
 
 def _claim(size: int) -> RecordDict:

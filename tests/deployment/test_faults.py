@@ -91,7 +91,7 @@ def test_a_killed_superlink_loses_nothing(
 
 
 def test_a_hostile_node_spoils_nothing(tiny_encoder: Path, tiny_texts: Path, tmp_path: Path) -> None:
-    """Garbage, NaN, a short payload, a claim of 10 GB, a missed deadline, a full disk: one a round."""
+    """Garbage, NaN, a short payload, a claim of 2 GB, a missed deadline, a full disk: one a round."""
     config = configuration(
         tiny_encoder,
         tiny_texts,
@@ -116,6 +116,6 @@ def test_a_hostile_node_spoils_nothing(tiny_encoder: Path, tiny_texts: Path, tmp
         5: "late",
         6: "failed",
     }
-    assert "finite" in outcomes[2].reason
-    assert "disk is full" in outcomes[6].reason
-    assert summary["failures"] + summary["rejected"] >= 5
+    assert "NaN" in str(outcomes[2].reason)
+    assert "disk full" in str(outcomes[6].reason)
+    assert "damaged" in str(outcomes[3].reason)
