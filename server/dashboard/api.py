@@ -11,7 +11,6 @@ from fedllm.run_database import Event, NodeRound, Round
 from server.dashboard import downloads
 from server.dashboard.access import Principal, Role
 from server.dashboard.desk import Desk
-from server.dashboard.errors import Missing
 from server.dashboard.federation import FederationNode
 from server.dashboard.shelf import NodeTotal, Overview
 
@@ -49,10 +48,13 @@ Scalar = str | bool | int | float
 Settings = dict[str, Scalar | list[Scalar]]
 
 
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,99}$")]
+
+
 class Start(Body):
     """A new run."""
 
-    name: str
+    name: RunName
     """Of the run and its folder."""
     preset: str
     """See ``/api/presets``."""
@@ -63,7 +65,7 @@ class Start(Body):
 class Clone(Body):
     """A run like another."""
 
-    name: str
+    name: RunName
     """Of the new run."""
     settings: Settings = Field(default_factory=dict)
     """What differs."""
@@ -87,7 +89,7 @@ class GoOn(Body):
 class Named(Body):
     """A user or a token."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
     role: Role
 
 
@@ -286,8 +288,6 @@ def presets(desk: TheDesk) -> list[Preset]:
 @router.get("/presets/{preset}")
 def preset(desk: TheDesk, preset: str) -> dict[str, Any]:
     """One preset's resolved configuration."""
-    if preset not in [row["name"] for row in desk.launcher.presets()]:
-        raise Missing(f"there is no preset {preset!r}")
     return desk.launcher.document(preset)
 
 

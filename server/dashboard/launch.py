@@ -19,6 +19,7 @@ import tomli_w
 from fedllm.durable import replace_file
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.run_database import FILE
+from server.dashboard.errors import Missing
 
 __all__ = ["Launcher", "setting"]
 
@@ -61,11 +62,11 @@ class Launcher:
         """Return a preset's resolved configuration.
 
         Raises:
-            ConfigError: there is no such preset.
+            Missing: there is no such preset.
         """
         # Only names reach the command line: a path would let an operator read files through error messages.
         if preset not in [row["name"] for row in self.presets()]:
-            raise ConfigError(f"there is no preset {preset!r}")
+            raise Missing(f"there is no preset {preset!r}")
         return tomllib.loads(self._ask_once("simulate", preset, "--dry-run"))
 
     def resolve(self, document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

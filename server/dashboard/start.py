@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 from pathlib import Path
 
 from fedllm.errors import ConfigError
@@ -62,6 +63,8 @@ def start(folder: Path, *, host: str, port: int, tls: bool | None) -> None:
     say(f"dashboard: {'https' if encrypted else 'http'}://{shown}:{port}/", highlight=False, soft_wrap=True)
     certificate = federation / "server.pem" if encrypted and federation else None
     key = federation / "server-key.pem" if encrypted and federation else None
+    # So that the first who asks does not wait for many runs to be read.
+    threading.Thread(target=desk.overviews, daemon=True).start()
     serve(desk, host=host, port=port, certificate=certificate, key=key)
 
 
