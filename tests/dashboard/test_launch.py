@@ -1,0 +1,69 @@
+"""Runs that the dashboard starts, rolls back and clones are real ones, and come out the same."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.runs import Run
+from server.dashboard.desk import Desk
+from tests.dashboard.client import TestClient
+
+pytestmark = pytest.mark.slow
+
+
+def _await_end(client: TestClient, name: str, patience: float = 180.0) -> dict[str, Any]:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        view: dict[str, Any] = client.get(f"/api/runs/{name}").json()
+        if view["state"] in ("finished", "failed"):
+            return view
+        time.sleep(0.3)
+    raise AssertionError(client.get(f"/api/runs/{name}/output").text)
+
+
+def test_start_roll_back_clone(
+    desk: Desk, operator: TestClient, tiny_texts: Path, tiny_encoder: Path
+) -> None:
+    settings = {
+        "model.name": str(tiny_encoder), "data.path": str(tiny_texts), "clients": 3, "rounds": 3,
+        "training.local_steps": 1, "tuning.targets": ["query", "value"],
+    }  # fmt: skip
+    body = {"name": "first", "preset": "quickstart", "settings": settings}
+    assert operator.post("/api/runs", json=body).status_code == 202
+    assert operator.post("/api/runs", json=body).status_code == 409
+    assert _await_end(operator, "first")["round"] == 3
+    assert operator.get("/api/runs/first/files/adapter.zip").status_code == 200
+    sha = Run(desk.root / "first").rounds()[-1].state_sha256
+    _await_exit(desk, "first")
+
+    assert operator.post("/api/runs/first/continue", json={"round": 2}).status_code == 202
+    _await_exit(desk, "first")
+    assert _await_end(operator, "first")["round"] == 3
+    assert Run(desk.root / "first").rounds()[-1].state_sha256 == sha
+
+    asked = operator.post("/api/runs/first/clone", json={"name": "second", "settings": {"rounds": 1}})
+    assert asked.status_code == 202
+    assert _await_end(operator, "second")["rounds"] == 1
+    assert operator.get("/api/runs/second/config").json()["clients"] == 3
+    _await_exit(desk, "second")
+    done = [(line["action"], line["run"]) for line in reversed(operator.get("/api/audit").json())]
+    assert done == [("login", ""), ("start", "first"), ("go on", "first"), ("clone", "second")]
+
+
+def _await_exit(desk: Desk, name: str) -> None:
+    deadline = time.monotonic() + 120
+    while desk.launcher.busy(name):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_what_cannot_start_says_why(operator: TestClient) -> None:
+    body = {"name": "x", "preset": "quickstart", "settings": {"training.local_stps": 4}}
+    answer = operator.post("/api/runs", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "unknown key training.local_stps; did you mean local_steps?"
+    assert operator.post("/api/runs", json={"name": "x", "preset": "../etc/passwd"}).status_code == 404
