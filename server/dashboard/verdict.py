@@ -80,6 +80,8 @@ def cost(run: Overview) -> Verdict:
         parts.append(f"{times(run.reference_bytes / moved)} less than the whole model")
     if run.dense_up + run.dense_down > 1.05 * moved:
         parts.append(f"codecs save {times((run.dense_up + run.dense_down) / moved)}")
+    if run.epsilon is not None:
+        parts.append(f"epsilon {number(run.epsilon, 3)} of privacy")
     parts.append(human_seconds(run.seconds))
     return Verdict("good", human_bytes(moved), "; ".join(parts))
 

@@ -11,7 +11,7 @@ from server.dashboard.verdict import cost, health, phase_sentence, slow
 
 
 def view(**given: Any) -> Overview:
-    base = {
+    base: dict[str, Any] = {
         "name": "a", "state": "running", "clients": 5, "round": 4, "rounds": 10, "changed_at": 1000.0,
         "series": [0.5, 0.6, 0.7, 0.8], "round_seconds": 2.0, "phase": {"name": "fit", "round": 5},
     }  # fmt: skip

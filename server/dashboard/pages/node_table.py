@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from nicegui import events
@@ -36,9 +36,9 @@ _COLUMNS = [
 class NodeTable:
     """A table of clients that can be shown anew."""
 
-    def __init__(self, desk: Desk, who: Principal, run: str) -> None:
+    def __init__(self, desk: Desk, who: Principal, run: str, leave_out: Collection[str] = ()) -> None:
         self._desk, self._who, self._run = desk, who, run
-        self.table = Table(_COLUMNS, "Nodes")
+        self.table = Table([one for one in _COLUMNS if one["name"] not in leave_out], "Nodes")
         self.table.on_lever(self._act)
 
     def show(self, nodes: Sequence[NodeTotal], *, live: bool) -> None:

@@ -38,7 +38,7 @@ def register(desk: Desk) -> None:
                     with_input=True,
                     on_change=lambda event: ui.navigate.to(f"/nodes?run_name={event.value}"),
                 ).props("dense outlined")
-            table = NodeTable(desk, who, chosen)
+            table = NodeTable(desk, who, chosen, leave_out=("loss", "transfer", "moved"))
 
             async def look() -> None:
                 live = (await beside(desk.shelf.overview, chosen)).live

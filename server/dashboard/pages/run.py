@@ -88,6 +88,7 @@ class _Answer:
 class _RunPage:
     def __init__(self, desk: Desk, who: Principal, name: str) -> None:
         self.desk, self.who, self.name = desk, who, name
+        self.config = desk.shelf.run(name).config
         self.stamp: object = None
         self.state = ""
         self.last_event = 0
@@ -138,13 +139,15 @@ class _RunPage:
                 ui.tab(name)
         with ui.tab_panels(tabs, value="Nodes").props("keep-alive"):
             with ui.tab_panel("Nodes"):
-                self.nodes = NodeTable(self.desk, self.who, self.name)
+                self.nodes = NodeTable(self.desk, self.who, self.name, leave_out=("device",))
             with ui.tab_panel("Answers"):
                 self.rounds = Answers(self.desk, self.name)
             with ui.tab_panel("Log"), ui.element("div").classes("panel"):
                 self.log = ui.label().classes("log").props('role="log" tabindex="0" aria-label="Log"')
+                heading("What its process printed, if it was started here", 2)
+                self.output = ui.label().classes("log")
             with ui.tab_panel("Configuration"), ui.element("div").classes("panel"):
-                ui.label(self.desk.shelf.run(self.name).config.to_toml()).classes("log")
+                ui.label(self.config.to_toml()).classes("log")
             with ui.tab_panel("Checkpoints"):
                 self.checkpoints = ui.element("div").classes("panel")
             with ui.tab_panel("Audit"), ui.element("div").classes("panel"):
@@ -170,7 +173,11 @@ class _RunPage:
         self.count.text = f"round {view.round} of {view.rounds}"
         if view.seconds_left is not None:
             self.count.text += f", about {human_seconds(view.seconds_left)} left"
-        self.doing.text = verdict.phase_sentence(view) if view.state == "running" else ""
+        self.doing.text = (
+            f"quorum {self.config.quorum}, deadline {human_seconds(self.config.server.deadline_s)}"
+        )
+        if self.output.text != (said := self.desk.launcher.log(self.name)):
+            self.output.text = said
         self.bar.style(f"width: {100 * view.round / view.rounds:.1f}%")
         if view.state != self.state:
             self.state = view.state
