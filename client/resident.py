@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 import grpc
+import psutil
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedllm.errors import FedllmError
@@ -40,8 +41,10 @@ SERVICE = "fedllm.Worker"
 METHOD = f"/{SERVICE}/Answer"
 GRACE_SECONDS = 5.0
 ATTEMPTS = 3
+FAREWELL_SECONDS = 0.5
+"""So long a worker that ends of itself gives its last answer to leave."""
 ABANDONED = 75
-"""Exit status of a worker whose answer nobody waited for (EX_TEMPFAIL)."""
+"""Exit status of a worker that wants to be started anew (EX_TEMPFAIL)."""
 
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
@@ -99,11 +102,9 @@ def serve(socket: Path, load: Callable[[], Answer], *, memory: int | None = None
     Args:
         socket: path of the Unix socket, at most about 100 characters; its folder is made private.
         load: imports and prepares whatever answers need; health says NOT_SERVING until it is done.
-        memory: bytes of private memory this process may allocate; an allocation beyond fails, which the one
-            request then reports, and the worker goes on.
+        memory: bytes of private memory this process may use. An allocation beyond fails; the request reports
+            that, and the process then ends to let go of what it had cached. Enforced on Linux.
     """
-    if memory is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     socket.unlink(missing_ok=True)
     handler = _Handler()
@@ -119,7 +120,10 @@ def serve(socket: Path, load: Callable[[], Answer], *, memory: int | None = None
     finally:
         os.umask(before)
     server.start()
-    handler.ready(load())
+    answer = load()
+    if memory is not None and sys.platform == "linux":
+        _limit(memory)
+    handler.ready(answer)
     status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     return server
 
@@ -149,7 +153,8 @@ class _Handler:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
-            _log.exception("a request did not fit into memory")
+            _log.exception("a request did not fit into memory; starting anew")
+            threading.Timer(FAREWELL_SECONDS, os._exit, (ABANDONED,)).start()
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"out of memory on this device: {error}")
         except Exception as error:
             # Sent to the server, whose operator sees it in the run; the traceback stays in the device's log.
@@ -159,6 +164,16 @@ class _Handler:
             finished.set()
             self._turn.release()
         raise AssertionError("unreachable")
+
+
+def _limit(memory: int) -> None:
+    """Limit private memory to ``memory`` bytes beside address space that libraries reserve and never touch.
+
+    The system counts both as data; with torch loaded the second is about 1 GB.
+    """
+    now = psutil.Process().memory_info()
+    untouched = max(now.data - (now.rss - now.shared), 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory + untouched, memory + untouched))
 
 
 def _not_loaded(request: bytes) -> bytes:
