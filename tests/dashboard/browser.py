@@ -21,7 +21,6 @@ from server.dashboard.access import Accounts
 __all__ = ["CHROMIUM", "Served", "log_in", "serve"]
 
 CHROMIUM = Path("/usr/bin/chromium")
-_COMMAND = "from server.dashboard.commands import app; app()"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def serve(root: Path) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-c", _COMMAND, str(root), "--port", str(port)],
+        [sys.executable, "-m", "server.dashboard", str(root), "--port", str(port)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
