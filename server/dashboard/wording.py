@@ -26,8 +26,10 @@ def human_bytes(count: float | None) -> str:
 def human_seconds(seconds: float | None) -> str:
     """Write a duration.
 
-    >>> human_seconds(0.0123), human_seconds(75), human_seconds(7320), human_seconds(180_000)
-    ('0.01 s', '1 min 15 s', '2 h 2 min', '2 d 2 h')
+    >>> human_seconds(0.0123), human_seconds(75), human_seconds(600), human_seconds(7320)
+    ('0.01 s', '1 min 15 s', '10 min', '2 h 2 min')
+    >>> human_seconds(180_000)
+    '2 d 2 h'
     """
     if seconds is None:
         return "-"
@@ -37,7 +39,9 @@ def human_seconds(seconds: float | None) -> str:
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if rest else f"{minutes} min"
 
 
 def number(value: float | None, digits: int = 4) -> str:

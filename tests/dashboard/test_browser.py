@@ -129,6 +129,14 @@ def test_a_viewer_looks_and_is_refused(browser: Browser, served: Served) -> None
     expect(page.get_by_text("This is for operators")).to_be_visible()
 
 
+def test_the_form_says_what_cannot_be_started(operator: Page) -> None:
+    operator.goto("/start")
+    operator.get_by_label("clients", exact=True).fill("0")
+    operator.get_by_role("button", name="Start").click()
+    expect(operator.get_by_text("clients = 0 is not allowed")).to_be_visible()
+    expect(operator.get_by_role("heading", name="New run")).to_be_visible()
+
+
 def test_logging_out_ends_it(browser: Browser, served: Served) -> None:
     page = log_in(browser, served)
     page.get_by_role("button", name="Log out").click()

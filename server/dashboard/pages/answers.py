@@ -34,8 +34,10 @@ class Answers:
     def __init__(self, desk: Desk, name: str) -> None:
         self._desk, self._name = desk, name
         self._newest = True
-        self.choice = ui.select([], label="Round", on_change=self._chosen).props(
-            "dense outlined options-dense"
+        self.choice = (
+            ui.select([], label="Round", on_change=self._chosen)
+            .props("dense outlined options-dense")
+            .style("min-width: 7rem")
         )
         self.table = Table(_COLUMNS, "Answers of one round").style("margin-top: 1rem")
 

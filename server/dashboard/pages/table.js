@@ -8,7 +8,7 @@ export default {
         <q-td :props="cell">
           <span v-if="cell.col.kind === 'chip'" class="chip" :data-state="cell.value">{{ cell.value }}</span>
           <a v-else-if="cell.col.kind === 'link'" class="name" :href="cell.row.href">{{ cell.value }}</a>
-          <q-btn v-else-if="cell.col.kind === 'lever' && cell.row.lever" flat dense no-caps size="sm"
+          <q-btn v-else-if="cell.col.kind === 'lever' && cell.row.lever" flat dense no-caps size="13px"
                  :label="cell.row.lever" :aria-label="cell.row.lever + ' node ' + cell.row.key"
                  @click="$emit('lever', {node: cell.row.key, lever: cell.row.lever})"></q-btn>
           <div v-else :class="cell.col.kind">{{ text(cell) }}</div>
