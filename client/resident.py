@@ -107,7 +107,7 @@ def serve(socket: Path, load: Callable[[], Answer], *, memory: int | None = None
     """
     socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     socket.unlink(missing_ok=True)
-    handler = _Handler()
+    handler = _Handler(memory if sys.platform == "linux" else None)
     status = health.HealthServicer()
     status.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8), options=_OPTIONS)
@@ -120,10 +120,7 @@ def serve(socket: Path, load: Callable[[], Answer], *, memory: int | None = None
     finally:
         os.umask(before)
     server.start()
-    answer = load()
-    if memory is not None and sys.platform == "linux":
-        _limit(memory)
-    handler.ready(answer)
+    handler.ready(load())
     status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     return server
 
@@ -131,7 +128,8 @@ def serve(socket: Path, load: Callable[[], Answer], *, memory: int | None = None
 class _Handler:
     """Answers one request at a time: two at once would need the memory of both."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int | None) -> None:
+        self._memory = memory
         self._turn = threading.Lock()
         self._loaded = threading.Event()
         self._answer: Answer = _not_loaded
@@ -147,6 +145,8 @@ class _Handler:
         finished = threading.Event()
         try:
             context.add_callback(lambda: _leave_unless(finished))
+            if self._memory is not None:
+                _limit(self._memory)
             return self._answer(request)
         except FedllmError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
@@ -167,13 +167,15 @@ class _Handler:
 
 
 def _limit(memory: int) -> None:
-    """Limit private memory to ``memory`` bytes beside address space that libraries reserve and never touch.
+    """Limit what this process may use from now on, whatever address space it holds without using it.
 
-    The system counts both as data; with torch loaded the second is about 1 GB.
+    The system's limit counts both: what libraries reserve, and what allocators keep after it was freed.
     """
     now = psutil.Process().memory_info()
-    untouched = max(now.data - (now.rss - now.shared), 0)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory + untouched, memory + untouched))
+    unused = max(now.data - (now.rss - now.shared), 0)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = memory + unused if hard == resource.RLIM_INFINITY else min(memory + unused, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _not_loaded(request: bytes) -> bytes:
