@@ -19,6 +19,7 @@ from client import commands as device
 from fedllm.errors import ConfigError, DataError, FedllmError, ModelError
 from fedllm.terminal import Override, Source, console
 from server import commands as operator
+from server.dashboard import commands as dashboard
 from simulations import commands as researcher
 
 __all__ = ["app", "main"]
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (researcher, operator, device):
+for part in (researcher, operator, dashboard, device):
     app.add_typer(part.app)
 
 

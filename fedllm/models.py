@@ -287,7 +287,7 @@ def _quantization(config: RunConfig) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     four = config.model.quantize == "nf4"
-    settings = BitsAndBytesConfig(
+    settings = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         load_in_4bit=four,
         load_in_8bit=not four,
         bnb_4bit_quant_type="nf4",

@@ -8,6 +8,7 @@ nothing is unpickled. This module does not import torch, so that a device's thin
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -48,6 +49,7 @@ DENSE = -1
 
 _MAX_METRICS = 64
 _MAX_TEXT = 2_000
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _HEADER, _ARGUMENTS, _METRICS, _FACTS, _ARRAYS, _PAYLOAD = "h", "a", "m", "f", "p", "x"
 _NAMES = {"h": "header", "a": "arguments", "m": "metrics", "f": "facts", "p": "payload"}
 
@@ -148,8 +150,11 @@ def unpack_instruction(content: RecordDict) -> Instruction:
     arguments = content.get(_ARGUMENTS, ConfigRecord())
     if not isinstance(arguments, ConfigRecord):
         raise WireError("the arguments are not a configuration record")
+    run = _text(header, "run")
+    if not _RUN.fullmatch(run):  # clients name folders after it
+        raise WireError(f"run {run[:40]!r} is not a plain name")
     return Instruction(
-        run=_text(header, "run"),
+        run=run,
         kind=_text(header, "kind"),
         round=round,
         index=index,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -52,11 +53,22 @@ def server(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS, no authentication: anybody may join and read.")
     ] = False,
+    dashboard_port: Annotated[
+        int, typer.Option("--dashboard-port", min=0, help="Local port of the dashboard; 0 starts none.")
+    ] = 8080,
 ) -> None:
     """Serve a federation until Ctrl-C: SuperLink with TLS and node authentication."""
+    from fedllm.processes import Child, open_log
     from server.link import serve
 
-    serve(folder, bind=bind, insecure=insecure, report=_report)
+    def open_dashboard() -> Child:
+        command = [sys.executable, "-m", "server.dashboard", str(folder), "--port", str(dashboard_port)]
+        log = folder / "dashboard.log"
+        _report(f"dashboard: http://127.0.0.1:{dashboard_port}, its first password in {log}")
+        return Child(command, {}, open_log(log))
+
+    beside = [open_dashboard] if dashboard_port else []
+    serve(folder, bind=bind, insecure=insecure, beside=beside, report=_report)
 
 
 def _report(sentence: str) -> None:

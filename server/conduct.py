@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from flwr.serverapp import Grid
 
@@ -13,6 +14,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import FedllmError
 from fedllm.provenance import provenance
 from fedllm.run_database import FILE
+from fedllm.runs import Run
 from fedllm.store import RunStore
 from fedllm.tensors import Tensors
 from strategies.engine import Engine
@@ -37,7 +39,8 @@ def conduct(grid: Grid, config: RunConfig, folder: Path) -> dict[str, Any]:
     workshop.prepare()
     begun = (folder / FILE).is_file()
     saved = checkpoint.latest(folder / "checkpoints") if begun else None
-    with RunStore.open(folder) if begun else RunStore.create(folder, config, provenance()) as store:
+    made = provenance(run=uuid4().hex[:12])
+    with RunStore.open(folder) if begun else RunStore.create(folder, config, made) as store:
         store.truncate(saved.number if saved else -1)
         try:
             engine = _compose(workshop, store)
@@ -74,6 +77,7 @@ def _compose(workshop: Workshop, store: RunStore) -> Engine:
         workshop.method,
         store,
         initial=workshop.initial,
+        run=str(Run(store.folder).provenance["run"]),
         reference_bytes=reference,
         evaluate=evaluate if evaluates else None,
     )

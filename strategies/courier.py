@@ -65,9 +65,8 @@ class Courier:
         estimates: receiver state of the uplink codec by client (EF21's); empty for most codecs.
     """
 
-    def __init__(self, config: RunConfig, method: Method) -> None:
-        self.config, self.method = config, method
-        self.run = f"{config.name}-{config.seed}"
+    def __init__(self, config: RunConfig, method: Method, run: str) -> None:
+        self.config, self.method, self.run = config, method, run
         self.downlink = Downlink(config, method)
         self.estimates: dict[int, Tensors] = {}
         self._digests: dict[int, int] = {}
@@ -137,7 +136,7 @@ class Courier:
         else:
             tensors = unpack(reply.payload, expected)
         gates.check(tensors, expected, max_norm=self.config.server.max_update_norm)
-        if not 0 < reply.examples <= held:
+        if reply.examples <= 0 or (kind != "evaluate" and reply.examples > held):
             raise RejectedReply(f"claims {reply.examples} examples, but introduced itself with {held}")
         self.downlink.known[node] = state.version
         return reply, Reply(node, tensors, reply.examples, reply.metrics)

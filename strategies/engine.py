@@ -33,6 +33,8 @@ from strategies.round_log import RoundLog
 
 __all__ = ["Engine"]
 
+_REPORT = "report/"
+
 
 @final
 class Engine(Strategy):
@@ -43,6 +45,7 @@ class Engine(Strategy):
         method: both halves of the federated method.
         store: where rounds, events and checkpoints go.
         initial: global tensors of version 0.
+        run: identity of the run; clients file their state under it.
         reference_bytes: of the whole model in fp32, for the reference that every report counts against.
         evaluate: scores global tensors on the server's test set; unset means there is none.
     """
@@ -54,6 +57,7 @@ class Engine(Strategy):
         store: RunStore,
         *,
         initial: Tensors,
+        run: str,
         reference_bytes: int,
         evaluate: Callable[[Tensors], dict[str, float]] | None,
     ) -> None:
@@ -64,10 +68,11 @@ class Engine(Strategy):
         self._reference_bytes = reference_bytes
         self._evaluate = evaluate
         self._roster = Roster()
-        self._courier = Courier(config, method)
+        self._courier = Courier(config, method, run)
         self._counted: dict[int, tuple[int, int]] = {}
         self._open: OpenExchange | None = None
-        self._setup = RoundLog(0)
+        self._next_log = RoundLog(0)
+        self._refusals: dict[int, tuple[float, float]] = {}
         self._spoke = 0.0
 
     # --- a run ------------------------------------------------------------------------------------------
@@ -102,6 +107,7 @@ class Engine(Strategy):
         """Go back to the end of the round that a checkpoint holds."""
         facts, groups = saved.facts, saved.groups
         self.completed = saved.number
+        self._next_log = RoundLog(saved.number + 1)
         self.state = State(facts["version"], groups["tensors"], groups["memory"])
         increments = groups["increments"]
         self._courier.downlink.first = facts["first"]
@@ -167,7 +173,9 @@ class Engine(Strategy):
         closes = time.monotonic() + self.config.server.deadline_s
         while True:
             online = list(grid.get_node_ids())
-            strangers = self._roster.strangers(online)
+            now = time.monotonic()
+            unknown = self._roster.strangers(online)
+            strangers = [node for node in unknown if self._refusals.get(node, (0.0, 0.0))[0] <= now]
             if strangers:
                 self._introduce(grid, strangers, online)
             available = self._roster.available(online)
@@ -183,15 +191,24 @@ class Engine(Strategy):
             self._say("waiting for clients", have=len(available), need=self.config.clients)
             time.sleep(0.5)
 
+    def _await_quorum(self, grid: Grid) -> list[int]:
+        """Return who is available; gives those who are away a deadline's time to make up the quorum again."""
+        closes = time.monotonic() + self.config.server.deadline_s
+        while True:
+            available = self._meet(grid, wait=False)
+            if len(available) >= self.config.quorum or time.monotonic() >= closes:
+                return available
+            self._say("waiting for clients", have=len(available), need=self.config.quorum)
+            time.sleep(0.5)
+
     def _introduce(self, grid: Grid, strangers: list[int], online: list[int]) -> None:
         content = wire.pack_instruction(Instruction(run=self._courier.run, kind="describe"))
         known = 0
 
-        def receive(message: Message) -> None:
+        def receive(message: Message, flower_id: int) -> None:
             nonlocal known
             known += 1
             self._say("meeting clients", have=known, need=len(strangers))
-            flower_id = message.metadata.src_node_id
             try:
                 reply = _reply_of(message)
                 member = Member(int(reply.metrics.get("node", -1)), flower_id, reply.examples)
@@ -199,10 +216,10 @@ class Engine(Strategy):
             except WireError as error:
                 refused = str(error)
             if refused:
-                self.store.event("refused", f"a node was not admitted: {refused}", flower_id=str(flower_id))
+                self._refuse(flower_id, refused)
                 return
-            self._setup.crossed("down", member.node, "describe", content, payload=0, dense=None)
-            self._setup.crossed("up", member.node, "describe", message.content, payload=0, dense=None)
+            self._next_log.crossed("down", member.node, "describe", content, payload=0, dense=None)
+            self._next_log.crossed("up", member.node, "describe", message.content, payload=0, dense=None)
             self._courier.downlink.known.setdefault(member.node, 0)
             if reply.facts:
                 told = {**reply.metrics, **reply.facts}
@@ -213,14 +230,22 @@ class Engine(Strategy):
             grid, messages, receive=receive, enough=lambda: False, deadline_s=self.config.server.deadline_s
         )
 
+    def _refuse(self, flower_id: int, reason: str) -> None:
+        """Note a node that could not introduce itself, and ask it again later and later."""
+        _, delay = self._refusals.get(flower_id, (0.0, 0.5))
+        if flower_id not in self._refusals:
+            self.store.event("refused", f"a node was not admitted: {reason}", flower_id=str(flower_id))
+        self._refusals[flower_id] = (time.monotonic() + 2 * delay, min(2 * delay, 60.0))
+
     # --- one round --------------------------------------------------------------------------------------
 
     def _round(self, grid: Grid, number: int) -> None:
         """Run a round to its commit, with a new attempt whenever the quorum is missed."""
-        log = self._setup if number == 0 else RoundLog(number)
+        log = self._next_log
+        log.begin()
         for attempt in range(self.config.server.retries + 1):
             log.attempt = attempt
-            available = self._meet(grid, wait=False)
+            available = self._await_quorum(grid)
             acc, accepted = self._gather(grid, number, log, available)
             if accepted is not None:
                 break
@@ -236,6 +261,9 @@ class Engine(Strategy):
         if accepted:
             self._commit(acc)
             details.update(_averages(accepted))
+            # What a method writes under "report/" is for people.
+            reported = {k: v for k, v in self.state.memory.items() if k.startswith(_REPORT)}
+            details.update({k.removeprefix(_REPORT): float(v) for k, v in reported.items()})
         self.completed = number
         metrics = self._score(number)
         if number == 0 and not accepted:
@@ -251,7 +279,7 @@ class Engine(Strategy):
         )
         self.store.round(record, log.nodes, log.entries)
         self._checkpoint()
-        self._setup = RoundLog(number + 1)
+        self._next_log = RoundLog(number + 1)
 
     def _gather(
         self, grid: Grid, number: int, log: RoundLog, available: list[int]
@@ -284,8 +312,8 @@ class Engine(Strategy):
         kind = opened.exchange.kind
         self._say(kind, round=number, have=0, need=opened.wanted, rounds=self.config.rounds, urgent=True)
 
-        def receive(message: Message) -> Message | None:
-            again = self._take(self._number(message), message)
+        def receive(message: Message, flower_id: int) -> Message | None:
+            again = self._take(self._roster.number_of(flower_id), message)
             self._say(
                 kind, round=number, have=len(opened.accepted), need=opened.wanted, rounds=self.config.rounds
             )
@@ -342,7 +370,7 @@ class Engine(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Gate and fold replies to the open exchange; the commit is made elsewhere, hence no arrays."""
         for message in replies:
-            self._take(self._number(message), message)
+            self._take(self._roster.number_of(message.metadata.src_node_id), message)
         return None, MetricRecord({**_averages(self._opened.accepted)})
 
     def configure_evaluate(
@@ -362,10 +390,6 @@ class Engine(Strategy):
         if self._open is None:
             raise RuntimeError("no exchange is open: start() opens them")
         return self._open
-
-    def _number(self, message: Message) -> int:
-        """Return the client's number behind Flower's node id."""
-        return self._roster.number_of(message.metadata.src_node_id)
 
     def _message(self, node: int) -> Message:
         opened = self._opened

@@ -18,7 +18,7 @@ def converse(
     grid: Grid,
     messages: Iterable[Message],
     *,
-    receive: Callable[[Message], Message | None],
+    receive: Callable[[Message, int], Message | None],
     enough: Callable[[], bool],
     deadline_s: float,
 ) -> set[int]:
@@ -27,7 +27,8 @@ def converse(
     Args:
         grid: Flower's connection to the nodes.
         messages: at most one per node; pushed as they are produced, so that they need not all be held.
-        receive: takes each reply; a message that it returns is sent as well.
+        receive: takes each reply and the Flower id of the node that was asked, which is not the reply's
+            source where the SuperLink answers for a node that has gone; what it returns is sent as well.
         enough: asked after each reply; once true the exchange closes.
         deadline_s: seconds after which missing replies are given up.
 
@@ -51,8 +52,9 @@ def converse(
         arrived = False
         for reply in grid.pull_messages(list(waiting)):
             arrived = True
-            silent.discard(waiting.pop(reply.metadata.reply_to_message_id))
-            again = receive(reply)
+            asked = waiting.pop(reply.metadata.reply_to_message_id)
+            silent.discard(asked)
+            again = receive(reply, asked)
             if again is not None:
                 silent.add(again.metadata.dst_node_id)
                 push(again)

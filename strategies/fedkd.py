@@ -13,7 +13,7 @@ paper's dynamic gradient approximation). The server evaluates the student; clien
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -129,8 +129,8 @@ class FedKD(Method):
         return student
 
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
-        """Expect an update of every student tensor; an evaluation answers in metrics alone."""
-        return {} if exchange.kind == "evaluate" else spec_of(tensors)
+        """Expect an update of every student tensor."""
+        return spec_of(tensors)
 
     def begin(self, state: State, round: int) -> Round:
         """Start a sum of student updates."""
@@ -141,14 +141,26 @@ class FedKD(Method):
         return Commit() if acc.number == 0 or acc.updates.count else Exchange("fit")
 
     def run(self, work: Work) -> Answer:
-        """Client: train, or evaluate both models on its held-out texts."""
-        tutor = self._summon(work) if self.options.teacher else None
-        return self._evaluate(work, tutor) if work.kind == "evaluate" else self._fit(work, tutor)
+        """Client: train the student, and the teacher beside it."""
+        return self._fit(work, self._summon(work) if self.options.teacher else None)
+
+    def evaluate(self, work: Work) -> Answer:
+        """Client: score student and teacher on its held-out texts."""
+        answer = super().evaluate(work)
+        if not self.options.teacher:
+            return answer
+        scores = models.evaluate(self._summon(work).model, work.test, self.config.evaluation.batch_size)
+        metrics = answer.metrics | {f"teacher_{name}": value for name, value in scores.items()}
+        return replace(answer, metrics=metrics)
+
+    def reference_parameters(self, model: Model) -> int:
+        """Count the whole teacher: it is what FedAvg would move."""
+        self._tutor = self._tutor or self._prepare(model)
+        return super().reference_parameters(self._tutor.model)
 
     def fold(self, acc: Round, kind: str, reply: Reply) -> Round:
         """Server: add one student update, weighted by its number of texts."""
-        if kind == "fit":
-            acc.updates.add(reply.tensors, reply.examples)
+        acc.updates.add(reply.tensors, reply.examples)
         return acc
 
     def step(self, state: State, acc: Round) -> tuple[Tensors, Tensors]:
@@ -175,16 +187,6 @@ class FedKD(Method):
         steps = training.local_steps
         passes = steps * (objective.share + (tutor is not None))
         return Answer(update, len(work.train), objective.means(), local, Passes(passes, passes))
-
-    def _evaluate(self, work: Work, tutor: Tutor | None) -> Answer:
-        if not len(work.test):
-            return Answer({}, 0, {}, work.local)
-        size = self.config.evaluation.batch_size
-        metrics = models.evaluate(work.model, work.test, size)
-        if tutor is not None:
-            scores = models.evaluate(tutor.model, work.test, size)
-            metrics |= {f"teacher_{name}": value for name, value in scores.items()}
-        return Answer({}, len(work.test), metrics, work.local)
 
     def _summon(self, work: Work) -> Tutor:
         """Put this client's teacher and Wh into the process's one teacher module."""

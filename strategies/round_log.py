@@ -36,6 +36,10 @@ class RoundLog:
     _started: float = field(default_factory=time.monotonic)
     _sent: dict[int, float] = field(default_factory=dict)
 
+    def begin(self) -> None:
+        """Start the clock: clients may have introduced themselves long before."""
+        self._started = time.monotonic()
+
     def crossed(
         self,
         direction: Direction,
