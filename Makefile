@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt requirements-bundled.txt
 
-.PHONY: demo test test-quick test-slow lint format clean
+.PHONY: demo test test-quick test-slow test-soak lint format clean
 
 demo: .venv/.installed
 	$(BIN)/fedllm simulate quickstart $(ARGS)
@@ -23,7 +23,12 @@ test-quick: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: .venv/.installed-test
-	$(BIN)/pytest -q -n 2 --dist loadfile -m slow $(ARGS)
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "slow and not soak" $(ARGS)
+
+test-soak: export OMP_NUM_THREADS = 1
+
+test-soak: .venv/.installed-test
+	$(BIN)/pytest -q -m soak $(ARGS)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
@@ -21,6 +21,9 @@ from fedllm.terminal import Override, Source, console
 from server import commands as operator
 from server.dashboard import commands as dashboard
 from simulations import commands as researcher
+
+if TYPE_CHECKING:
+    from fedllm.config import RunConfig
 
 __all__ = ["app", "main"]
 
@@ -62,12 +65,22 @@ def run(
         if resume is not None:
             submitted = submit.resume(federation, control, resume)
         else:
-            config = resolve_run(document(source), overrides or [])
+            config = _with_classes(resolve_run(document(source), overrides or []))
             submitted = submit.submit(federation, control, config)
         console.print(f"run {submitted.id}: {submitted.folder}", highlight=False)
         if not detach:
             with Watcher(console) as watcher:
                 submit.follow(control, submitted, look=watcher.update)
+
+
+def _with_classes(config: RunConfig) -> RunConfig:
+    """Fix the classes and their order by the server's own texts: a device may lack some of them."""
+    from fedllm.data import load
+
+    if config.model.task != "classification" or config.data.classes:
+        return config
+    classes = load(config.data, config.model.task).label_names
+    return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
 
 
 def main() -> None:

@@ -6,7 +6,10 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +48,7 @@ def simulate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run that lies in --out.")
     ] = False,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="Serve the dashboard meanwhile.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a federation with all its clients on this host."""
@@ -72,10 +76,11 @@ def simulate(
         if (run.folder / FILE).is_file():
             run_folder.require_free(run.folder, overwrite)
             run_folder.clear(run.folder)
-    for run in planned:
-        _simulate(run.config, run.folder, engine, workers, threads, track or [])
-        if report:
-            _report(run.folder)
+    with _dashboard(planned[0].folder.parent) if dashboard else nullcontext():
+        for run in planned:
+            _simulate(run.config, run.folder, engine, workers, threads, track or [])
+            if report:
+                _report(run.folder)
     _conclude([run.folder for run in planned], as_json)
 
 
@@ -115,6 +120,18 @@ def _simulate(
             from simulations.loopback import simulate as run_here
 
             run_here(config, folder, workers, threads)
+
+
+@contextmanager
+def _dashboard(runs: Path) -> Iterator[None]:
+    """Serve the dashboard over a folder of runs; it tells its address and first password itself."""
+    runs.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-m", "server.dashboard", str(runs)], stdout=sys.stderr)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _report(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from fedllm.processes import Child, open_log
 from tests.deployment.conftest import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1800)]
 
 PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 
