@@ -10,6 +10,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedllm.codecs.base import Buffer, CodecContext, Reader
 from fedllm.codecs.bits import Codes
@@ -88,15 +89,17 @@ class NormalFloat4(BlockQuantizer):
     def __post_init__(self) -> None:
         require_block("nf4", self.block)
 
-    def quantize(self, x: Array, bits: int, random: np.random.Generator, out: Codes, scratch: Array) -> Array:
+    def quantize(
+        self, x: Tensor, bits: int, random: np.random.Generator, out: Tensor, scratch: Tensor
+    ) -> Tensor:
         """See :meth:`BlockQuantizer.quantize`."""
-        largest: Array = np.abs(x, out=scratch).max(axis=1)
+        largest = torch.abs(x, out=scratch).amax(dim=1)
         nearest(x, _levels(), largest, out, scratch)
         return largest
 
-    def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
+    def dequantize(self, codes: Codes, bits: int, scales: Tensor, out: Tensor) -> None:
         """See :meth:`BlockQuantizer.dequantize`."""
-        np.take(_levels(), codes, out=out, mode="clip")
+        np.take(_levels(), codes, out=out.numpy(), mode="clip")
         out *= scales
 
 

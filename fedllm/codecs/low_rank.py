@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -88,8 +86,7 @@ class LowRank:
         rest = dict(tensors)
         for name in _matrices(tensors):
             matrix = tensors[name].detach().to(torch.float32).flatten(1)
-            with one_thread():
-                factors = self._factors(matrix, context, name)
+            factors = self._factors(matrix, context, name)
             if factors is not None:
                 rows.extend(factor.numpy() for factor in factors)
                 del rest[name]
@@ -116,10 +113,9 @@ class LowRank:
         rest = {name: item for name, item in spec.items() if name not in plan}
         _, names = Concatenate().outline(rest, Reader(b""))
         tensors = Concatenate().decode(rows[2 * len(plan) :], names, rest)
-        with one_thread():
-            for index, name in enumerate(plan):
-                left, right = (torch.from_numpy(factor) for factor in rows[2 * index : 2 * index + 2])
-                tensors[name] = (left.T @ right).reshape(spec[name].shape)
+        for index, name in enumerate(plan):
+            left, right = (torch.from_numpy(factor) for factor in rows[2 * index : 2 * index + 2])
+            tensors[name] = (left.T @ right).reshape(spec[name].shape)
         return tensors
 
     def _factors(self, matrix: torch.Tensor, context: CodecContext, name: str) -> Factors | None:
@@ -181,17 +177,6 @@ def largest_rank(m: int, n: int) -> int:
     (383, 0)
     """
     return max(0, math.ceil(m * n / (m + n + 1)) - 1)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run linear algebra on one thread: on more, its last bits depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _subspace(matrix: torch.Tensor, width: int, random: np.random.Generator) -> torch.Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedllm.codecs.base import CodecContext, Reader
 from fedllm.codecs.bits import Codes
@@ -20,9 +22,6 @@ from fedllm.codecs.quantize import BlockQuantizer, chunks, nearest, rows_of_chun
 from fedllm.errors import ConfigError
 
 __all__ = ["Eden", "Rotate", "hadamard"]
-
-CHUNK = 1 << 16
-"""Values transformed at once: with one buffer beside them they stay in a second-level cache."""
 
 DENSE = 64
 """Rows narrower than this are rotated by a uniformly random matrix: few signs make few rotations."""
@@ -134,29 +133,33 @@ class Eden(BlockQuantizer):
         """Return the variant with the least squared error."""
         return replace(self, unbiased=False)
 
-    def quantize(self, x: Array, bits: int, random: np.random.Generator, out: Codes, scratch: Array) -> Array:
+    def quantize(
+        self, x: Tensor, bits: int, random: np.random.Generator, out: Tensor, scratch: Tensor
+    ) -> Tensor:
         """See :meth:`BlockQuantizer.quantize`."""
-        energy = np.einsum("nd,nd->n", x, x)
+        grid, y = _grid(bits), x.numpy()
+        energy = _dot(y, y)
+        if bits == 1:
+            np.greater_equal(y, 0, out=out.numpy().view(np.bool_))
+            dot = torch.from_numpy(torch.abs(x, out=scratch).numpy().sum(axis=1)) * float(grid[1])
+            norm = torch.full_like(dot, x.shape[1] * float(grid[1]) ** 2)
+        else:
+            nearest(x, grid, (energy / x.shape[1]).sqrt(), out, scratch)
+            centroids = np.take(grid, out.numpy(), out=scratch.numpy(), mode="clip")
+            dot, norm = _dot(y, centroids), _dot(centroids, centroids)
+        if self.unbiased:
+            return torch.where(dot > 0, energy / dot, 0)
+        return dot / norm
+
+    def dequantize(self, codes: Codes, bits: int, scales: Tensor, out: Tensor) -> None:
+        """See :meth:`BlockQuantizer.dequantize`."""
         grid = _grid(bits)
         if bits == 1:
-            np.greater_equal(x, 0, out=out.view(np.bool_))
-            dot = np.abs(x, out=scratch).sum(axis=1) * grid[1]
-            norm = np.full_like(dot, x.shape[1] * grid[1] ** 2)
+            np.copyto(out.numpy(), codes)
+            out.sub_(0.5).mul_(2 * float(grid[1]) * scales)
         else:
-            rms = np.sqrt(energy / np.float32(x.shape[1]))
-            nearest(x, grid, rms, out, scratch)
-            np.take(grid, out, out=scratch, mode="clip")
-            dot = np.einsum("nd,nd->n", x, scratch)
-            norm = np.einsum("nd,nd->n", scratch, scratch)
-        scales: Array = dot / norm
-        if self.unbiased:
-            scales = np.divide(energy, dot, out=np.zeros_like(dot), where=dot > 0)
-        return scales
-
-    def dequantize(self, codes: Codes, bits: int, scales: Array, out: Array) -> None:
-        """See :meth:`BlockQuantizer.dequantize`."""
-        np.take(_grid(bits), codes, out=out, mode="clip")
-        out *= scales
+            np.take(grid, codes, out=out.numpy(), mode="clip")
+            out *= scales
 
 
 STAGES = (Rotate,)
@@ -170,11 +173,11 @@ def hadamard(x: Array) -> Array:
     >>> hadamard(np.array([[3, 1, 0, 0]], np.float32)).tolist()
     [[4.0, 2.0, 4.0, 2.0]]
     """
-    y = x.reshape(-1).copy()
-    return _hadamard(y, np.empty_like(y), x.shape[1]).reshape(x.shape)
+    y = torch.from_numpy(x.reshape(-1).copy())
+    return _hadamard(y, torch.empty_like(y), x.shape[1]).numpy().reshape(x.shape)
 
 
-def _hadamard(y: Array, spare: Array, size: int) -> Array:
+def _hadamard(y: Tensor, spare: Tensor, size: int) -> Tensor:
     """Transform flat ``y``, overwriting it and ``spare``; returns one of the two.
 
     H = H1 x H2: transform columns, transpose, transform columns, transpose. Strides of one value, which a
@@ -183,33 +186,38 @@ def _hadamard(y: Array, spare: Array, size: int) -> Array:
     inner = 1 << size.bit_length() // 2
     for height, width in ((size // inner, inner), (inner, size // inner)):
         y, spare = _columns(y, spare, height, width)
-        spare.reshape(-1, width, height)[...] = y.reshape(-1, height, width).transpose(0, 2, 1)
+        spare.view(-1, width, height).copy_(y.view(-1, height, width).transpose(1, 2))
         y, spare = spare, y
     return y
 
 
-def _columns(y: Array, spare: Array, size: int, inner: int) -> tuple[Array, Array]:
+def _columns(y: Tensor, spare: Tensor, size: int, inner: int) -> tuple[Tensor, Tensor]:
     """Transform the middle axis of flat ``y``, laid out as [n, size, inner]; returns result and spare."""
     half = 1
     while half < size:
-        pairs, sums = y.reshape(-1, 2, half * inner), spare.reshape(-1, 2, half * inner)
-        np.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
-        np.subtract(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
+        pairs, sums = y.view(-1, 2, half * inner), spare.view(-1, 2, half * inner)
+        torch.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
         y, spare, half = spare, y, 2 * half
     return y, spare
 
 
-def _transform(x: Array, signs: Array, inverse: bool) -> Array:
+def _transform(blocks: Array, signs: Array, inverse: bool) -> Array:
     """Rotate blocks [n, d] by signs [d], which carry the factor that makes the transform orthonormal."""
-    result = np.empty_like(x)
-    step = min(len(x), rows_of_chunk(x, CHUNK))
-    first, second = np.empty((2, step, x.shape[1]), np.float32)
-    for part in chunks(x, CHUNK):
+    x, factor = torch.from_numpy(blocks), torch.from_numpy(signs)
+    result = torch.empty_like(x)
+    first, second = torch.empty(2, min(len(x), rows_of_chunk(blocks)), x.shape[1])
+    for part in chunks(blocks):
         y, spare = first[: len(x[part])], second[: len(x[part])]
-        np.multiply(x[part], 1 if inverse else signs, out=y)
-        y = _hadamard(y.reshape(-1), spare.reshape(-1), x.shape[1]).reshape(y.shape)
-        np.multiply(y, signs if inverse else 1, out=result[part])
-    return result
+        y.copy_(x[part]) if inverse else torch.mul(x[part], factor, out=y)
+        y = _hadamard(y.view(-1), spare.view(-1), x.shape[1]).view(y.shape)
+        torch.mul(y, factor, out=result[part]) if inverse else result[part].copy_(y)
+    return result.numpy()
+
+
+def _dot(a: Array, b: Array) -> Tensor:
+    """Return the inner products of the rows of a and b [n, d], summed in one order whatever the threads."""
+    return torch.from_numpy(np.einsum("nd,nd->n", a, b))
 
 
 def _signs(random: np.random.Generator, shape: tuple[int, int]) -> Array:

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from fedllm.codecs import CodecContext, measure, parse
-from fedllm.codecs.base import Reader
+from fedllm.codecs.base import Reader, one_thread
 from fedllm.codecs.chain import Quantizer
 from fedllm.codecs.entropy import Packed
 from fedllm.codecs.floats import NormalFloat4
-from fedllm.codecs.low_rank import one_thread
 from fedllm.codecs.quantize import Quantize
 from fedllm.codecs.rotate import Rotate
 from fedllm.tensors import Tensors, spec_of
@@ -130,17 +129,23 @@ def _jobs(text: str, message: Tensors) -> Jobs:
 def _stages(x: torch.Tensor) -> Jobs:
     """Return what the peers do, as our stages do it."""
     rows, context, coder = [x.numpy()[None]], CodecContext(), Packed()
-    jobs: Jobs = {"stage rotation": lambda: Rotate().encode(rows, context)}
+    jobs: Jobs = {"stage rotation": partial(_alone, Rotate().encode, rows, context)}
     quantizers: dict[str, Quantizer] = {"int8": Quantize(8), "int4": Quantize(4), "nf4": NormalFloat4()}
     for name, quantizer in quantizers.items():
         body = b"".join(quantizer.encode(rows, coder, context))
-        jobs[f"stage {name} encode"] = partial(quantizer.encode, rows, coder, context)
+        jobs[f"stage {name} encode"] = partial(_alone, quantizer.encode, rows, coder, context)
         jobs[f"stage {name} decode"] = partial(_decoded, quantizer, body, (1, x.numel()), context)
     return jobs
 
 
 def _decoded(quantizer: Quantizer, body: bytes, shape: tuple[int, int], context: CodecContext) -> object:
-    return quantizer.decode(Reader(body), [shape], Packed(), context)
+    return _alone(quantizer.decode, Reader(body), [shape], Packed(), context)
+
+
+def _alone(stage: Callable[..., object], *arguments: object) -> object:
+    """Call a stage the way a codec does, on one thread."""
+    with one_thread():
+        return stage(*arguments)
 
 
 def _eden(x: torch.Tensor) -> Jobs:
