@@ -18,7 +18,7 @@ from simulations.loopback import simulate
 from tests.deployment.conftest import until
 from tests.deployment.federation import Federation, configuration, federation
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(900)]
 
 EVERYONE = {"sample": 3, "quorum": 3, "deadline_s": 45.0, "retries": 9}
 """Every client counts in every round: whatever dies in between, the numbers are those of the simulation."""
