@@ -90,6 +90,12 @@ class Model:
         )
         return output
 
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the task loss of one batch, 0-dim."""
+        value = self.forward(batch).loss
+        assert value is not None  # every batch carries labels
+        return value
+
 
 def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
     """Load the base model and attach what is trained.

@@ -23,12 +23,13 @@ from fedllm.errors import RejectedReply, RunFailed, WireError
 from fedllm.resources import peak_rss_bytes
 from fedllm.store import RunStore
 from fedllm.tensors import Tensors, fingerprint
-from fedllm.wire import STALE, Instruction
+from fedllm.wire import STALE
 from strategies import optimizers
+from strategies.admission import Admission
 from strategies.base import Exchange, Method, State
 from strategies.courier import Courier, OpenExchange
 from strategies.exchange import converse
-from strategies.roster import Member, Roster, sample
+from strategies.roster import Roster, sample
 from strategies.round_log import RoundLog
 
 __all__ = ["Engine"]
@@ -72,8 +73,8 @@ class Engine(Strategy):
         self._counted: dict[int, tuple[int, int]] = {}
         self._open: OpenExchange | None = None
         self._next_log = RoundLog(0)
-        self._refusals: dict[int, tuple[float, float]] = {}
         self._spoke = 0.0
+        self._admission = Admission(config, self._roster, self._courier, store, self._say)
 
     # --- a run ------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ class Engine(Strategy):
         Raises:
             RunFailed: too few clients, or a round missed its quorum too often.
         """
-        self._meet(grid, wait=True)
+        self._admission.gather(grid, self._next_log)
         while self.completed < self.config.rounds and self._may_go_on():
             self._round(grid, self.completed + 1)
         return Result()
@@ -166,77 +167,6 @@ class Engine(Strategy):
                 return True
             time.sleep(0.2)
 
-    # --- who takes part ---------------------------------------------------------------------------------
-
-    def _meet(self, grid: Grid, *, wait: bool) -> list[int]:
-        """Let clients that are new introduce themselves; return the numbers of all that are available."""
-        closes = time.monotonic() + self.config.server.deadline_s
-        while True:
-            online = list(grid.get_node_ids())
-            now = time.monotonic()
-            unknown = self._roster.strangers(online)
-            strangers = [node for node in unknown if self._refusals.get(node, (0.0, 0.0))[0] <= now]
-            if strangers:
-                self._introduce(grid, strangers, online)
-            available = self._roster.available(online)
-            if not wait or len(available) >= self.config.clients:
-                return available
-            if time.monotonic() >= closes:
-                if len(available) >= self.config.quorum:
-                    return available
-                raise RunFailed(
-                    f"{len(available)} of {self.config.clients} clients came within server.deadline_s = "
-                    f"{self.config.server.deadline_s:g} seconds, the quorum is {self.config.quorum}"
-                )
-            self._say("waiting for clients", have=len(available), need=self.config.clients)
-            time.sleep(0.5)
-
-    def _await_quorum(self, grid: Grid) -> list[int]:
-        """Return who is available; gives those who are away a deadline's time to make up the quorum again."""
-        closes = time.monotonic() + self.config.server.deadline_s
-        while True:
-            available = self._meet(grid, wait=False)
-            if len(available) >= self.config.quorum or time.monotonic() >= closes:
-                return available
-            self._say("waiting for clients", have=len(available), need=self.config.quorum)
-            time.sleep(0.5)
-
-    def _introduce(self, grid: Grid, strangers: list[int], online: list[int]) -> None:
-        content = wire.pack_instruction(Instruction(run=self._courier.run, kind="describe"))
-        known = 0
-
-        def receive(message: Message, flower_id: int) -> None:
-            nonlocal known
-            known += 1
-            self._say("meeting clients", have=known, need=len(strangers))
-            try:
-                reply = _reply_of(message)
-                member = Member(int(reply.metrics.get("node", -1)), flower_id, reply.examples)
-                refused = self._roster.admit(member, online) if not reply.error else reply.error
-            except WireError as error:
-                refused = str(error)
-            if refused:
-                self._refuse(flower_id, refused)
-                return
-            self._next_log.crossed("down", member.node, "describe", content, payload=0, dense=None)
-            self._next_log.crossed("up", member.node, "describe", message.content, payload=0, dense=None)
-            self._courier.downlink.known.setdefault(member.node, 0)
-            if reply.facts:
-                told = {**reply.metrics, **reply.facts}
-                self.store.event("joined", f"client {member.node}", node=member.node, device=told)
-
-        messages = (Message(content, node, "train", group_id="describe") for node in strangers)
-        converse(
-            grid, messages, receive=receive, enough=lambda: False, deadline_s=self.config.server.deadline_s
-        )
-
-    def _refuse(self, flower_id: int, reason: str) -> None:
-        """Note a node that could not introduce itself, and ask it again later and later."""
-        _, delay = self._refusals.get(flower_id, (0.0, 0.5))
-        if flower_id not in self._refusals:
-            self.store.event("refused", f"a node was not admitted: {reason}", flower_id=str(flower_id))
-        self._refusals[flower_id] = (time.monotonic() + 2 * delay, min(2 * delay, 60.0))
-
     # --- one round --------------------------------------------------------------------------------------
 
     def _round(self, grid: Grid, number: int) -> None:
@@ -245,7 +175,7 @@ class Engine(Strategy):
         log.begin()
         for attempt in range(self.config.server.retries + 1):
             log.attempt = attempt
-            available = self._await_quorum(grid)
+            available = self._admission.quorum(grid, log)
             acc, accepted = self._gather(grid, number, log, available)
             if accepted is not None:
                 break
@@ -433,12 +363,6 @@ class Engine(Strategy):
         if urgent or now - self._spoke > 0.1:
             self._spoke = now
             self.store.phase(phase, **facts)
-
-
-def _reply_of(message: Message) -> wire.Reply:
-    if message.has_error():
-        raise WireError(message.error.reason)
-    return wire.unpack_reply(message.content)
 
 
 def _averages(replies: dict[int, wire.Reply]) -> dict[str, float]:

@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import nn
 
 from fedllm import models
-from fedllm.accumulator import WeightedSum
 from fedllm.config import RunConfig, Section
 from fedllm.data import Batch
 from fedllm.distill import Distillation, Projections, View, matched_layers
@@ -37,9 +36,10 @@ from fedllm.student import (
     principal_directions,
     width,
 )
-from fedllm.tensors import Spec, Tensors, spec_of
+from fedllm.tensors import Tensors
 from fedllm.training import descend, learning_rate, minibatches
-from strategies.base import Answer, Commit, Exchange, Method, Passes, Reply, State, Work
+from strategies.averaging import Averaging
+from strategies.base import Answer, Passes, Work
 
 __all__ = ["METHOD", "FedKD", "Options"]
 
@@ -76,14 +76,6 @@ class Options(Section):
 
 
 @dataclass
-class Round:
-    """What one round has folded so far."""
-
-    number: int
-    updates: WeightedSum
-
-
-@dataclass
 class Tutor:
     """The teacher's side on a client: one module per process, whose values are swapped from client to client.
 
@@ -103,7 +95,7 @@ class Tutor:
         return named | {f"projection/{name}": p for name, p in self.projections.named_parameters()}
 
 
-class FedKD(Method):
+class FedKD(Averaging):
     """Every client distils between its own teacher and the common student; only the student travels."""
 
     Options = Options
@@ -128,18 +120,6 @@ class FedKD(Method):
             freeze_embeddings(student)
         return student
 
-    def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
-        """Expect an update of every student tensor."""
-        return spec_of(tensors)
-
-    def begin(self, state: State, round: int) -> Round:
-        """Start a sum of student updates."""
-        return Round(round, WeightedSum(spec_of(state.tensors)))
-
-    def plan(self, state: State, acc: Round) -> Exchange | Commit:
-        """Ask for local training once; there is no setup."""
-        return Commit() if acc.number == 0 or acc.updates.count else Exchange("fit")
-
     def run(self, work: Work) -> Answer:
         """Client: train the student, and the teacher beside it."""
         return self._fit(work, self._summon(work) if self.options.teacher else None)
@@ -157,18 +137,6 @@ class FedKD(Method):
         """Count the whole teacher: it is what FedAvg would move."""
         self._tutor = self._tutor or self._prepare(model)
         return super().reference_parameters(self._tutor.model)
-
-    def fold(self, acc: Round, kind: str, reply: Reply) -> Round:
-        """Server: add one student update, weighted by its number of texts."""
-        acc.updates.add(reply.tensors, reply.examples)
-        return acc
-
-    def step(self, state: State, acc: Round) -> tuple[Tensors, Tensors]:
-        """Server: take the mean update of the student."""
-        if not acc.updates.count:
-            return state.tensors, state.memory
-        update = acc.updates.mean()
-        return {name: old + update[name] for name, old in state.tensors.items()}, state.memory
 
     def _fit(self, work: Work, tutor: Tutor | None) -> Answer:
         training, student = self.config.training, work.model

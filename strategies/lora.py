@@ -34,7 +34,6 @@ from torch import nn
 from fedllm import lora, models
 from fedllm.accumulator import WeightedSum
 from fedllm.config import RunConfig, Section
-from fedllm.data import Batch
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models import Model
 from fedllm.randomness import stream
@@ -174,17 +173,11 @@ class Lora(Method):
     def run(self, work: Work) -> Answer:
         """Client: train the adapter on its own texts, send its changes."""
         training, model = self.config.training, work.model
-
-        def loss(batch: Batch) -> torch.Tensor:
-            value = model.forward(batch).loss
-            assert value is not None  # every batch carries labels
-            return value
-
         generator = stream(self.config.seed, "batches", work.round, work.node)
         batches = minibatches(work.train, training.batch_size, training.local_steps, generator)
         sent = self.spec(Exchange(work.kind, work.arguments), work.tensors)
         with _only(model.trainable(), sent) as parameters:
-            losses = descend(list(parameters.values()), loss, batches, training, work.progress)
+            losses = descend(list(parameters.values()), model.loss, batches, training, work.progress)
         update = {name: after - work.tensors[name] for name, after in model.read().items() if name in sent}
         steps = len(losses)
         return Answer(update, len(work.train), {"loss": sum(losses) / steps}, passes=Passes(steps, steps))

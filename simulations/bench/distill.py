@@ -97,7 +97,7 @@ def _fine_tune(teacher: Model, tokens: Tokens, number: int) -> None:
     training = teacher.config.training
 
     def loss(batch: Batch) -> torch.Tensor:
-        value = teacher.forward(batch).loss
+        value = teacher.loss(batch)
         assert value is not None
         return value
 

@@ -116,7 +116,7 @@ def _jvp(model: Model, batch: Batch) -> None:
 
 
 def _backprop(model: Model, batch: Batch) -> None:
-    loss = model.forward(batch).loss
+    loss = model.loss(batch)
     assert loss is not None
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
