@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,13 @@ __all__ = ["app"]
 app = typer.Typer()
 PANEL = "Simulations and results"
 
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes that answer for the clients; default one per core.")
+]
+Threads = Annotated[
+    int, typer.Option(min=1, help="Torch threads of each client; the last bits of a run depend on it.")
+]
+
 
 @app.command(rich_help_panel=PANEL)
 def simulate(
@@ -34,10 +40,8 @@ def simulate(
     overrides: Override = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
     engine: Annotated[str, typer.Option(help="loopback (in this process) or flower (Ray).")] = "loopback",
-    workers: Annotated[int, typer.Option(min=1, help="Processes that answer for the clients.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Torch threads in all; default all cores.")
-    ] = None,
+    workers: Workers = None,
+    threads: Threads = 1,
     seeds: Annotated[str | None, typer.Option(help="Repeat over seeds, e.g. 0..4.")] = None,
     baseline: Annotated[str | None, typer.Option(help="local or central: no federation, same split.")] = None,
     dry_run: Annotated[
@@ -88,8 +92,8 @@ def simulate(
 def resume(
     run_dir: RunDir,
     engine: Annotated[str, typer.Option(help="loopback or flower.")] = "loopback",
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    workers: Workers = None,
+    threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
     """Continue a run after a stop, a crash or a kill: the numbers come out as if it had never stopped."""
@@ -105,21 +109,21 @@ def resume(
 
 
 def _simulate(
-    config: RunConfig, folder: Path, engine: str, workers: int, threads: int | None, track: Sequence[str] = ()
+    config: RunConfig,
+    folder: Path,
+    engine: str,
+    workers: int | None,
+    threads: int,
+    track: Sequence[str] = (),
 ) -> None:
     from fedllm import trackers
     from fedllm.live import watching
+    from simulations import flower, loopback
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with trackers.opened(track, folder, config) as opened, watching(folder, console, opened):
-        if engine == "flower":
-            from simulations.flower import simulate as run_on_flower
-
-            run_on_flower(config, folder, workers if workers > 1 else os.cpu_count() or 1)
-        else:
-            from simulations.loopback import simulate as run_here
-
-            run_here(config, folder, workers, threads)
+        run = flower.simulate if engine == "flower" else loopback.simulate
+        run(config, folder, workers or loopback.workers_for(config, threads), threads)
 
 
 @contextmanager
@@ -270,8 +274,8 @@ def reproduce(
     seeds: Annotated[str, typer.Option(help="Seeds of every preset.")] = "0..4",
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce-NAME.")] = None,
     overrides: Override = None,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    workers: Workers = None,
+    threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
     """Run a paper's experiment and its references over seeds; it goes on where it was interrupted."""

@@ -55,14 +55,15 @@ class App:
 FEDLLM = App(server="server.app:app", client="client.app:app")
 
 
-def simulate(config: RunConfig, folder: Path, workers: int) -> None:
+def simulate(config: RunConfig, folder: Path, workers: int, threads: int = 1) -> None:
     """Run a configuration with one virtual node per client; the ServerApp writes its results to ``folder``.
 
     Args:
         config: the resolved configuration.
         folder: the run folder, to be made or continued. What all processes said ends up in its
             ``flower.log``; until then, and where the run failed, in a file beside the folder.
-        workers: Ray actors, each of them one core, that answer for the clients.
+        workers: Ray actors that answer for the clients.
+        threads: cores, thus torch threads, of each actor.
 
     Raises:
         RunFailed: with the app's own reason.
@@ -70,7 +71,7 @@ def simulate(config: RunConfig, folder: Path, workers: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.flower.log")
     run_config = {"fedllm": config.to_json(), "run-dir": str(folder.resolve())}
-    run_app(FEDLLM, run_config, config.clients, log, workers=workers)
+    run_app(FEDLLM, run_config, config.clients, log, workers=workers, cores=threads)
     log.replace(folder / "flower.log")
 
 

@@ -2,16 +2,19 @@
 
 One frozen backbone serves every virtual client; a client's own tensors lie on disk. Messages are answered one
 after another when the server looks for replies, or side by side in a pool of worker processes, each with a
-backbone of its own. The numbers are the same either way.
+backbone of its own. The numbers are the same either way: a matrix product's last bits depend on how many
+threads share it, so each client computes with the same number of threads wherever it is.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,33 +30,48 @@ from client.app import app as client_app
 from client.place import CONFIG_KEY, FOLDER_KEY
 from fedllm import wire
 from fedllm.config import RunConfig
-from fedllm.errors import RunFailed
+from fedllm.errors import FedllmError, RunFailed
+from fedllm.processes import die_with_parent
 from server.app import app as server_app
+from strategies.workshop import open_workshop
 
-__all__ = ["LoopbackGrid", "simulate"]
+__all__ = ["LoopbackGrid", "simulate", "workers_for"]
 
 _RUN_ID = 1
 
 
-def simulate(config: RunConfig, folder: Path, workers: int = 1, threads: int | None = None) -> None:
+def workers_for(config: RunConfig, threads: int = 1) -> int:
+    """Return how many workers keep this host busy: no more than its cores or a round's clients can use.
+
+    Cores are what torch would use by itself, so that ``OMP_NUM_THREADS`` and a container's share count. One
+    worker where there is an accelerator: clients take turns on it.
+    """
+    if torch.cuda.is_available():
+        return 1
+    return max(1, min(torch.get_num_threads() // threads, config.cohort))
+
+
+def simulate(config: RunConfig, folder: Path, workers: int = 1, threads: int = 1) -> None:
     """Run a configuration, new or left off, with all clients on this host.
 
     Args:
         config: the resolved configuration.
         folder: the run folder.
         workers: processes that answer for the clients; 1 answers in this process.
-        threads: torch threads in all; unset leaves torch's own choice.
+        threads: torch threads of each client. The last bits of a run depend on it, not on ``workers``.
+
+    Raises:
+        RunFailed: a worker process died, or whatever ended the run.
     """
     run_config = {CONFIG_KEY: config.to_json(), FOLDER_KEY: str(folder.resolve())}
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     with loopback(config.clients, run_config, workers, threads) as grid:
         server_app(grid, _context(0, 0, run_config))
 
 
 @contextmanager
 def loopback(
-    clients: int, run_config: dict[str, str], workers: int = 1, threads: int | None = None
+    clients: int, run_config: dict[str, str], workers: int = 1, threads: int = 1
 ) -> Iterator[LoopbackGrid]:
     """Open a grid of ``clients`` virtual nodes; see :func:`simulate`."""
     # Flower's Message takes its identity from this process-wide place, which its runtimes fill.
@@ -61,11 +79,17 @@ def loopback(
     if workers == 1:
         yield LoopbackGrid(clients, run_config, None)
         return
-    share = max((threads or torch.get_num_threads()) // workers, 1)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_enter_pool, initargs=(share,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_enter_pool, initargs=(threads,)) as pool:
+        for _ in range(workers):
+            pool.submit(_warm, run_config[CONFIG_KEY])
         try:
             yield LoopbackGrid(clients, run_config, pool)
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a worker process died, most likely for want of memory; nothing is lost: "
+                f"continue with fedllm resume {run_config[FOLDER_KEY]} --workers 1"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -172,8 +196,19 @@ def _context(flower_id: int, partition: int, run_config: dict[str, str]) -> Cont
 
 
 def _enter_pool(threads: int) -> None:
+    # Ctrl-C is the parent's to handle; a parent that was killed must not leave workers behind.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
     torch.set_num_threads(threads)
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = _RUN_ID, 1, SUPERLINK_NODE_ID
+
+
+def _warm(config: str) -> None:
+    """Load data and model while the server does so too."""
+    try:
+        open_workshop(config).prepare()
+    except FedllmError:
+        return  # the server meets the same and says so
 
 
 def _answer_in_pool(request: _Request) -> bytes:

@@ -36,7 +36,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def test_engines_and_workers_give_the_same_numbers(config: RunConfig, tmp_path: Path) -> None:
     in_process(config, tmp_path / "alone")
-    in_process(config, tmp_path / "pool", workers=2, threads=2)
+    in_process(config, tmp_path / "pool", workers=2)
     on_flower(config, tmp_path / "flower", workers=2)
     alone = outcome(tmp_path / "alone")
     assert alone["status"] == "finished"
