@@ -1,0 +1,102 @@
+"""The pool of worker processes: a worker that dies costs nothing, and none outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+import torch
+
+from fedllm.errors import RunFailed
+from fedllm.runs import Run
+from simulations.loopback import simulate, workers_for
+from tests.rounds.federation import configuration
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+LONG = 400
+"""Rounds that are not over before the test is."""
+
+
+def test_a_run_whose_worker_was_killed_says_how_to_go_on_and_does(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    config = configuration(tiny_encoder, tiny_texts, rounds=12)
+    simulate(config, tmp_path / "undisturbed")
+    folder = tmp_path / "killed"
+
+    def kill_one_worker() -> None:
+        wait_until(lambda: rounds_of(folder) >= 3)
+        workers_of(os.getpid())[0].kill()
+
+    killer = Thread(target=kill_one_worker)
+    killer.start()
+    with pytest.raises(RunFailed, match=r"worker process died.*fedllm resume .*killed --workers 1"):
+        simulate(config, folder, workers=2)
+    killer.join()
+    assert rounds_of(folder) < config.rounds
+    simulate(config, folder)
+    assert Run(folder).summary["state_sha256"] == Run(tmp_path / "undisturbed").summary["state_sha256"]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_the_run(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, ending: signal.Signals
+) -> None:
+    config = configuration(tiny_encoder, tiny_texts, rounds=LONG)
+    (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8")
+    folder = tmp_path / "run"
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from fedllm.config import RunConfig; from simulations.loopback import simulate\n"
+        "if __name__ == '__main__':\n"
+        "    config = RunConfig.from_json(Path(sys.argv[1]).read_text())\n"
+        "    simulate(config, Path(sys.argv[2]), workers=2)\n"
+    )
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "config.json"), str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as caller:
+        wait_until(lambda: rounds_of(folder) >= 2)
+        workers = workers_of(caller.pid)
+        assert len(workers) == 2
+        # As a terminal does it: Ctrl-C reaches the whole group.
+        os.killpg(caller.pid, ending) if ending == signal.SIGINT else caller.kill()
+    wait_until(lambda: not any(worker.is_running() for worker in workers))
+    assert 0 < rounds_of(folder) < LONG
+
+
+def test_workers_are_cores_but_no_more_than_a_round_needs(tiny_encoder: Path, tiny_texts: Path) -> None:
+    config = configuration(tiny_encoder, tiny_texts)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert (workers_for(config), workers_for(config, threads=2)) == (2, 1)
+        torch.set_num_threads(16)
+        assert workers_for(config) == config.cohort == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The pool's processes; multiprocessing's resource tracker is none of them."""
+    children = psutil.Process(pid).children()
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def rounds_of(folder: Path) -> int:
+    return len(Run(folder).rounds()) - 1 if (folder / "run.db").is_file() else 0
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
