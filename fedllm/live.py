@@ -19,24 +19,12 @@ from fedllm.errors import StoreError
 from fedllm.run_database import FILE
 from fedllm.runs import Round, Run
 from fedllm.trackers import Tracker
+from fedllm.wording import human_bytes, number
 
-__all__ = ["Watcher", "size", "watching"]
+__all__ = ["Watcher", "watching"]
 
 _ROWS = 20
 _INTERVAL_S = 0.25
-
-
-def size(count: float) -> str:
-    """Write bytes for people.
-
-    >>> size(999), size(1_234_567)
-    ('999 B', '1.23 MB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
 
 
 class Watcher:
@@ -98,10 +86,10 @@ class Watcher:
         up, dense = self._dense.get(record.round, (0, 0))
         return [
             str(record.round),
-            _number(metrics.get(self._metric())),
-            _number(metrics.get("loss", record.details.get("loss"))),
-            size(record.bytes_up),
-            size(record.bytes_down),
+            number(metrics.get(self._metric())),
+            number(metrics.get("loss", record.details.get("loss"))),
+            human_bytes(record.bytes_up),
+            human_bytes(record.bytes_down),
             f"{dense / up:.1f}x" if up and record.round else "",
             f"{record.participants}"
             + (f" ({record.failures + record.rejected} lost)" if _lost(record) else ""),
@@ -146,10 +134,6 @@ class Watcher:
 
 def _lost(record: Round) -> bool:
     return record.failures + record.rejected > 0
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float | int) else "-"
 
 
 def _phase(phase: dict[str, Any]) -> str:

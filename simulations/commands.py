@@ -160,7 +160,7 @@ def _conclude(folders: list[Path], as_json: bool) -> None:
 
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:
-    from fedllm.live import size
+    from fedllm.wording import human_bytes
 
     told = summary["bytes"]
     metrics = ", ".join(
@@ -169,7 +169,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
     moved = told["up"] + told["down"]
     print(f"{summary['name']}: {summary['status']}; {metrics or 'not evaluated'}")
     print(
-        f"moved {size(moved)} (up {size(told['up'])}, down {size(told['down'])})"
+        f"moved {human_bytes(moved)} (up {human_bytes(told['up'])}, down {human_bytes(told['down'])})"
         + (f", {told['reference_total'] / moved:.1f}x less than the whole model" if moved else "")
     )
     print(f"results in {folder}")

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from fedllm.errors import StoreError
 from fedllm.run_database import FILE
 from fedllm.runs import Run, find
+from fedllm.wording import human_bytes, human_seconds
 from simulations import plots
-from simulations.report import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table

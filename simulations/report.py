@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from fedllm.durable import disk_errors, replace_file
 from fedllm.runs import NodeRound, Run
+from fedllm.wording import human_bytes, human_seconds, number
 from simulations import plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["human_bytes", "human_seconds", "render", "write"]
+__all__ = ["render", "write"]
 
 _TITLES = {"round": "by round", "bytes": "by bytes", "seconds": "by time"}
 _REASONS_SHOWN = 200
@@ -50,7 +51,7 @@ def render(run: Run, figures: Mapping[str, tuple[str, Figure]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "number": _number, "less": _less}
+    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "number": number, "less": _less}
     rounds = run.rounds()
     nodes = run.nodes()
     lost = [row for row in nodes if row.status not in ("accepted", "unused")]
@@ -120,42 +121,6 @@ def _clients(run: Run, nodes: Sequence[NodeRound]) -> list[dict[str, Any]]:
         }
         for node in sorted(rows.keys() | moved.keys())
     ]
-
-
-def human_bytes(count: float | None) -> str:
-    """Write bytes with a decimal prefix and three digits.
-
-    >>> human_bytes(999), human_bytes(1_536_000), human_bytes(267_000_000), human_bytes(None)
-    ('999 B', '1.54 MB', '267 MB', '-')
-    """
-    if count is None:
-        return "-"
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        # What would round up to four digits belongs to the next unit.
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
-
-
-def human_seconds(seconds: float | None) -> str:
-    """Write a duration.
-
-    >>> human_seconds(0.0123), human_seconds(75), human_seconds(7320)
-    ('0.01 s', '1 min 15 s', '2 h 2 min')
-    """
-    if seconds is None:
-        return "-"
-    if seconds < 59.95:
-        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
 
 
 def _less(count: int, dense: int) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
+from fedllm.wording import human_bytes, human_seconds, number, times
 from server.dashboard.shelf import NodeTotal, Overview
-from server.dashboard.wording import human_bytes, human_seconds, number, times
 
 __all__ = ["Verdict", "cost", "health", "phase_sentence", "slow"]
 

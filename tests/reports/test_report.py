@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedllm import wording
 from fedllm.config import RunConfig
 from fedllm.errors import StoreError
 from fedllm.runs import Run
@@ -134,15 +135,15 @@ def test_without_a_run_there_is_no_page(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bytes_for_people(count: float | None, text: str) -> None:
-    assert report.human_bytes(count) == text
+    assert wording.human_bytes(count) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0.00 s"), (9.99, "9.99 s"), (12.34, "12.3 s"), (59.97, "1 min 0 s"), (3599.6, "1 h 0 min"),
+        (0, "0.00 s"), (9.99, "9.99 s"), (12.34, "12.3 s"), (59.97, "1 min"), (3599.6, "1 h 0 min"),
         (None, "-"),
     ],
 )  # fmt: skip
 def test_seconds_for_people(seconds: float | None, text: str) -> None:
-    assert report.human_seconds(seconds) == text
+    assert wording.human_seconds(seconds) == text

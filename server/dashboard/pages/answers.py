@@ -8,9 +8,9 @@ from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
 
 from fedllm.run_database import NodeRound
+from fedllm.wording import human_bytes, human_seconds, number
 from server.dashboard.desk import Desk
 from server.dashboard.pages.table import Table, column
-from server.dashboard.wording import human_bytes, human_seconds, number
 
 __all__ = ["Answers"]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from nicegui import events
 
+from fedllm.wording import ago, human_bytes, human_seconds, number
 from server.dashboard.access import Principal
 from server.dashboard.desk import Desk
 from server.dashboard.pages.layout import act
 from server.dashboard.pages.table import Table, column
 from server.dashboard.shelf import NodeTotal
-from server.dashboard.wording import ago, human_bytes, human_seconds, number
 
 __all__ = ["NodeTable"]
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from fedllm.errors import FedllmError
 from fedllm.run_database import Event
+from fedllm.wording import human_seconds
 from server.dashboard import verdict
 from server.dashboard.access import Principal
 from server.dashboard.desk import Desk
@@ -23,7 +24,6 @@ from server.dashboard.pages.layout import act, chip, empty, frame, heading, leve
 from server.dashboard.pages.node_table import NodeTable
 from server.dashboard.shelf import Overview
 from server.dashboard.verdict import Verdict
-from server.dashboard.wording import human_seconds
 
 __all__ = ["register"]
 

@@ -11,11 +11,11 @@ from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
+from fedllm.wording import human_bytes, human_seconds, number
 from server.dashboard.desk import Desk
 from server.dashboard.pages.layout import empty, frame, heading, watch
 from server.dashboard.pages.table import Table, column
 from server.dashboard.shelf import Overview
-from server.dashboard.wording import human_bytes, human_seconds, number
 
 __all__ = ["register", "spark"]
 

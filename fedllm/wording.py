@@ -17,10 +17,11 @@ def human_bytes(count: float | None) -> str:
         return "-"
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
+        # What would round up to four digits belongs to the next unit.
         if value < 999.5:
             return f"{value:.3g} {unit}"
         value /= 1000
-    return f"{value:.4g} TB"
+    return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
 
 
 def human_seconds(seconds: float | None) -> str:
@@ -34,7 +35,7 @@ def human_seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     if seconds < 59.95:
-        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
