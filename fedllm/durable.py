@@ -25,7 +25,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn the operating system's and SQLite's refusals to write into one sentence each.
 
     Raises:
-        StoreError: says that the disk is full and what to do then, or names the file and the reason.
+        StoreError: says that the disk is full and what to do about it, or names the file and the reason.
     """
     try:
         yield
@@ -41,6 +41,12 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 def _full(folder: Path) -> str:
     run = folder.parent if folder.name == "checkpoints" else folder
+    federation = run.parent.parent
+    if run == folder and not (run / "run.db").exists():
+        # A device's state: the server asks again of itself.
+        return f"disk full at {folder}: free space"
+    if (federation / "federation.toml").exists():
+        return f"disk full at {folder}: free space, then fedllm run --resume {run.name} --server {federation}"
     return f"disk full at {folder}: free space, then fedllm resume {run}"
 
 

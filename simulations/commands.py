@@ -100,6 +100,12 @@ def resume(
     from fedllm.runs import Run
 
     stored = Run(run_dir)
+    federation = run_dir.resolve().parent.parent
+    if (federation / "federation.toml").is_file():
+        raise ConfigError(
+            f"{run_dir} is a federation's run; go on with: fedllm run --resume {run_dir.resolve().name} "
+            f"--server {federation}"
+        )
     if stored.status != "finished":
         _simulate(stored.config, run_dir, engine, workers, threads)
         _report(run_dir)
