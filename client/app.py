@@ -6,9 +6,12 @@ the resident worker behind a Unix socket. Without one - in a simulation - the wo
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.journal import log_of, news
 from client.place import CONFIG_KEY, Place
 from fedllm import wire
 
@@ -27,7 +30,10 @@ def train(message: Message, context: Context) -> Message:
         return Message(answer(message.content, config, place), reply_to=message)
     from client.resident import ask
 
-    return Message(wire.decode(ask(str(socket), _request(message.content, config, place))), reply_to=message)
+    reply = wire.decode(ask(str(socket), _request(message.content, config, place)))
+    if lines := news(log_of(Path(place.folder))):
+        wire.add_log(reply, lines)
+    return Message(reply, reply_to=message)
 
 
 def _request(content: RecordDict, config: str, place: Place) -> bytes:

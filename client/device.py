@@ -8,6 +8,7 @@ answers, by run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shutil
 import socket
@@ -17,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import filelock
@@ -25,9 +27,10 @@ import psutil
 import tomli_w
 
 from client.checks import Bundle, check
-from client.watch import Kept, resident_bytes
+from client.journal import log_of
 from fedllm.errors import ConfigError
-from fedllm.processes import Child, interruptible, open_log
+from fedllm.processes import Child, Kept, interruptible, open_log
+from fedllm.resources import resident_bytes
 
 __all__ = ["Device", "join", "parse_bytes", "state_folder"]
 
@@ -81,7 +84,7 @@ class Device:
     @property
     def log(self) -> Path:
         """The rotating log of both processes."""
-        return self.state / "client.log"
+        return log_of(self.state)
 
     def reason_to_pause(self) -> str | None:
         """Why the device should take no part now, if there is a reason."""
@@ -149,10 +152,18 @@ def join(
         # A Unix socket's path may have 107 characters, which a state folder's can exceed.
         sockets = Path(tempfile.mkdtemp(prefix="fedllm-"))
         stack.callback(shutil.rmtree, sockets, ignore_errors=True)
-        processes = _prepare(device, sockets / "worker")
+        log = open_log(device.log)
+
+        def tell(sentence: str) -> None:
+            log.info("device: %s", sentence)
+            report(sentence)
+
+        log.info("device: fedllm %s starts as node %d", version("fedllm"), device.bundle.node)
+        processes = _prepare(device, sockets / "worker", log)
         stack.callback(processes.worker.stop)
         stack.callback(processes.supernode.stop)
-        _tend(device, processes, event, report, status)
+        _tend(device, processes, event, tell, status)
+        log.info("device: stopped")
     report("stopped")
 
 
@@ -225,8 +236,7 @@ def _line(device: Device, processes: _Processes, reason: str | None) -> str:
     return " | ".join(parts)
 
 
-def _prepare(device: Device, worker_socket: Path) -> _Processes:
-    log = open_log(device.log)
+def _prepare(device: Device, worker_socket: Path, log: logging.Logger) -> _Processes:
     progress = _Progress()
     node = device.state / "node.toml"
     facts: dict[str, str | int] = {

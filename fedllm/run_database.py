@@ -18,9 +18,11 @@ from fedllm.errors import StoreError
 
 __all__ = [
     "FILE",
+    "NODE_LOGS",
     "SCHEMA_VERSION",
     "Command",
     "Event",
+    "NodeLog",
     "NodeRound",
     "Round",
     "connect",
@@ -132,6 +134,24 @@ class Command:
     by: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLog:
+    """Lines of a node's own log, as they came with one of its replies."""
+
+    id: int = 0
+    at: float
+    round: int
+    node: int
+    lines: str
+
+
+NODE_LOGS = """
+CREATE TABLE IF NOT EXISTS node_logs (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, node INTEGER NOT NULL,
+    lines TEXT NOT NULL)
+"""
+"""Made when the first lines come: a simulation has none."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;

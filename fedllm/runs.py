@@ -15,9 +15,19 @@ from fedllm import run_database, run_lock
 from fedllm.config import RunConfig
 from fedllm.durable import disk_errors, to_json
 from fedllm.errors import StoreError
-from fedllm.run_database import Command, Event, NodeRound, Round, connect, insert, select, transaction
+from fedllm.run_database import (
+    Command,
+    Event,
+    NodeLog,
+    NodeRound,
+    Round,
+    connect,
+    insert,
+    select,
+    transaction,
+)
 
-__all__ = ["Command", "Event", "NodeRound", "Round", "Run", "find"]
+__all__ = ["Command", "Event", "NodeLog", "NodeRound", "Round", "Run", "find"]
 
 _TRAFFIC = ("round", "node", "direction", "exchange", "record")
 
@@ -122,6 +132,16 @@ class Run:
             return list(
                 select(connection, Event, "events", "WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
             )
+
+    def node_logs(self, after: int = 0, *, node: int | None = None, limit: int = 1000) -> list[NodeLog]:
+        """What nodes told from their own logs, with an ``id`` above ``after``, oldest first."""
+        where, values = _where(node=node)
+        rest = f"{where or 'WHERE TRUE'} AND id > ? ORDER BY id LIMIT ?"
+        with disk_errors(self.folder), connect(self.folder) as connection:
+            # Missing where no node ever told anything.
+            if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'node_logs'").fetchone():
+                return []
+            return list(select(connection, NodeLog, "node_logs", rest, (*values, after, limit)))
 
     def post_command(self, kind: str, by: str, **arguments: Any) -> None:
         """Ask the run for something (``pause``, ``resume``, ``stop``, ...); it looks between rounds."""

@@ -3,7 +3,7 @@
     config.toml      the resolved configuration
     provenance.json  versions, git commit, engine
     partition.json   which client holds which texts
-    run.db           SQLite (WAL): rounds, node_rounds, ledger, events, commands, audit
+    run.db           SQLite (WAL): rounds, node_rounds, ledger, events, commands, audit, node_logs
     rounds.jsonl     one line a round
     summary.json     schema 1, see :mod:`fedllm.summary`
 
@@ -29,11 +29,14 @@ from fedllm.config import RunConfig
 from fedllm.durable import append_line, disk_errors, replace_file, to_json
 from fedllm.errors import StoreError
 from fedllm.ledger import Entry, Ledger
-from fedllm.run_database import Command, Event, NodeRound, Round, insert, select, transaction
+from fedllm.run_database import Command, Event, NodeLog, NodeRound, Round, insert, select, transaction
 from fedllm.run_lock import RunLock
 from fedllm.summary import Status, round_line, summarise
 
 __all__ = ["Command", "Entry", "NodeRound", "Round", "RunStore"]
+
+NODE_LOGS_KEPT = 100
+"""Of each node; with at most 2,000 characters a reply, a node fills 200 kB of a run at most."""
 
 
 class RunStore:
@@ -264,6 +267,21 @@ class RunStore:
                 "events",
                 [Event(at=time.time(), kind=kind, message=message, round=round, fields=fields)],
             )
+
+    def node_log(self, node: int, lines: str, *, round: int) -> None:
+        """Keep lines of a node's own log, if there are any, and of what it sent before the newest only."""
+        if not lines:
+            return
+        # A terminal must not obey what a node wrote.
+        readable = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in lines)
+        query = (
+            "DELETE FROM node_logs WHERE node = ?1 AND id <= "
+            "(SELECT id FROM node_logs WHERE node = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)"
+        )
+        with self._writing(wait_for_disk=False) as connection:
+            connection.execute(run_database.NODE_LOGS)
+            insert(connection, "node_logs", [NodeLog(at=time.time(), round=round, node=node, lines=readable)])
+            connection.execute(query, (node, NODE_LOGS_KEPT))
 
     def phase(self, name: str, /, **fields: Any) -> None:
         """Say what the run is doing right now, such as ``phase("waiting", round=3, have=3, need=5)``."""

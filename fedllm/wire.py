@@ -21,11 +21,13 @@ from fedllm.errors import WireError
 
 __all__ = [
     "DENSE",
+    "LOG",
     "STALE",
     "VERSION",
     "Instruction",
     "Reply",
     "Scalar",
+    "add_log",
     "decode",
     "encode",
     "pack_instruction",
@@ -46,6 +48,9 @@ STALE = "stale"
 
 DENSE = -1
 """``Instruction.start`` of a payload that holds the global tensors whole."""
+
+LOG = "log"
+"""The fact that holds lines of a node's own log."""
 
 _MAX_METRICS = 64
 _MAX_TEXT = 2_000
@@ -96,7 +101,7 @@ class Reply:
     Attributes:
         examples: texts that stand behind the answer: its weight in an average.
         metrics: numbers about the work, by name.
-        facts: texts about the device, by name; only in answers to ``describe``.
+        facts: texts about the device, by name: in answers to ``describe``, and lines of its ``log`` in any.
         error: empty unless the client could not do the work; ``STALE`` asks for the global tensors whole.
     """
 
@@ -215,6 +220,13 @@ def unpack_reply(content: RecordDict) -> Reply:
         payload=_payload(content),
         error=_text(header, "error") if "error" in header else "",
     )
+
+
+def add_log(content: RecordDict, lines: str) -> None:
+    """Let lines of the node's own log travel with a reply; of too many the last ones."""
+    facts = content.get(_FACTS, ConfigRecord())
+    assert isinstance(facts, ConfigRecord)
+    content[_FACTS] = ConfigRecord({**facts, LOG: lines[-_MAX_TEXT:]})
 
 
 def size(content: RecordDict) -> int:

@@ -103,6 +103,7 @@ class Admission:
             log.crossed("down", member.node, "describe", content, payload=0, dense=None)
             log.crossed("up", member.node, "describe", message.content, payload=0, dense=None)
             self._courier.downlink.known.setdefault(member.node, 0)
+            self._store.node_log(member.node, reply.facts.pop(wire.LOG, ""), round=log.number)
             if reply.facts:
                 told = {**reply.metrics, **reply.facts}
                 self._store.event("joined", f"client {member.node}", node=member.node, device=told)

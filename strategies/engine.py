@@ -340,6 +340,7 @@ class Engine(Strategy):
             told, reply = self._courier.read(
                 node, message.content, opened, self.state, self._roster.members[node].examples
             )
+            self.store.node_log(node, told.facts.get(wire.LOG, ""), round=opened.log.number)
             if told.error == STALE and node not in opened.resent:
                 self._courier.downlink.known.pop(node, None)
                 opened.resent.add(node)

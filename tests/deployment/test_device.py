@@ -16,9 +16,9 @@ import pytest
 from client.checks import Bundle
 from client.device import Device, join
 from client.supernode import Pace
-from client.watch import Kept, resident_bytes
 from fedllm.errors import ConfigError
-from fedllm.processes import Child, open_log
+from fedllm.processes import Child, Kept, open_log
+from fedllm.resources import resident_bytes
 from server.provision import provision
 from tests.deployment.conftest import free_port, until
 
@@ -124,7 +124,7 @@ def test_the_pace_follows_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_restarts_come_ever_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr("client.watch.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fedllm.processes.time.monotonic", lambda: clock[0])
     log = open_log(tmp_path / "log")
     kept = Kept("worker", lambda: Child([sys.executable, "-S", "-c", "raise SystemExit(3)"], {}, log))
     delays = []

@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from client.resident import WorkerError, ask, healthy
-from client.watch import Kept
-from fedllm.processes import Child, open_log
+from fedllm.processes import Child, Kept, open_log
 from tests.deployment.conftest import until
 
 pytestmark = pytest.mark.slow
