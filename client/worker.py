@@ -180,6 +180,7 @@ class _Task:
         context = CodecContext(self.config.seed, ("up", *self.at, node), instruction.progress)
         codec = parse(self.config.codec.up)
         payload, residuals = codec.encode(answered.tensors, before, context)
+        answered.metrics.update(context.notes)
         if self.config.codec.up != "none":
             decoded, _ = codec.decode(payload, spec_of(answered.tensors), before, context)
             answered.metrics["error_up"] = _relative_error(decoded, answered.tensors)

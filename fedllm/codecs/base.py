@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -52,11 +52,13 @@ class CodecContext:
         seed: run seed.
         path: what the message is, e.g. ``("up", round, node)``; with ``seed`` it keys all randomness.
         progress: share of the run that is done, in [0, 1]; schedules read it.
+        notes: what stages tell people about the encoding, such as ranks; nobody decodes by it.
     """
 
     seed: int = 0
     path: tuple[str | int, ...] = ()
     progress: float = 0.0
+    notes: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 class Codec(Protocol):

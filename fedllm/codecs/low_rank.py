@@ -92,6 +92,10 @@ class LowRank:
                 del rest[name]
             ranks.append(0 if factors is None else factors[0].shape[0])
         remaining, _ = Concatenate().encode(rest, context)
+        if kept := [rank for rank in ranks if rank]:
+            context.notes["rank"] = sum(kept) / len(kept)
+        if self.energy is not None:
+            context.notes["energy"] = self.share(context.progress)
         return [*rows, *remaining], np.array(ranks, "<u2").tobytes()
 
     def outline(self, spec: Spec, reader: Reader) -> tuple[Shapes, dict[str, int]]:
