@@ -49,7 +49,6 @@ def run(
     detach: Annotated[bool, typer.Option("--detach", help="Submit and return.")] = False,
     resume: Annotated[str | None, typer.Option(help="Go on with a run.", metavar="RUN")] = None,
     stop: Annotated[str | None, typer.Option(help="Stop a run after its round.", metavar="RUN")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="As the server was started.")] = False,
 ) -> None:
     """Submit a run to a federation and follow it; Ctrl-C stops following, the run goes on."""
     from fedllm.live import Watcher
@@ -58,7 +57,7 @@ def run(
     from simulations.catalogue import document
     from strategies.registry import resolve_run
 
-    with connect(federation, insecure=insecure) as control:
+    with connect(federation) as control:
         if stop is not None:
             submit.stop(control, submit.find(federation, stop))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flwr.app import Context
@@ -11,6 +12,9 @@ from fedllm.config import RunConfig
 
 app = ServerApp()
 
+FEDERATION = "FEDLLM_FEDERATION"
+"""Environment variable by which the SuperLink's processes know their federation's folder."""
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
@@ -18,4 +22,12 @@ def main(grid: Grid, context: Context) -> None:
     from server.conduct import conduct
 
     config = RunConfig.from_json(str(context.run_config["fedllm"]))
-    conduct(grid, config, Path(str(context.run_config["run-dir"])))
+    folder = Path(str(context.run_config["run-dir"]))
+    federation = os.environ.get(FEDERATION)
+    if federation is None:
+        conduct(grid, config, folder)
+        return
+    from server import deployed
+
+    deployed.keep_log(Path(federation), folder.name)
+    conduct(grid, config, folder, traffic=lambda: deployed.traffic(Path(federation), folder.name))

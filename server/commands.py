@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedllm.errors import ConfigError
 from fedllm.terminal import console
+
+if TYPE_CHECKING:
+    from fedllm.processes import Kept
 
 __all__ = ["app"]
 
@@ -57,18 +61,35 @@ def server(
         int, typer.Option("--dashboard-port", min=0, help="Local port of the dashboard; 0 starts none.")
     ] = 8080,
 ) -> None:
-    """Serve a federation until Ctrl-C: SuperLink with TLS and node authentication."""
-    from fedllm.processes import Child, open_log
+    """Serve a federation until Ctrl-C: SuperLink with TLS and node authentication, dashboard beside it."""
     from server.link import serve
 
-    def open_dashboard() -> Child:
-        command = [sys.executable, "-m", "server.dashboard", str(folder), "--port", str(dashboard_port)]
-        log = folder / "dashboard.log"
-        _report(f"dashboard: http://127.0.0.1:{dashboard_port}, its first password in {log}")
-        return Child(command, {}, open_log(log))
-
-    beside = [open_dashboard] if dashboard_port else []
+    beside = [_dashboard(folder, dashboard_port)] if dashboard_port and _dashboard_installed() else []
     serve(folder, bind=bind, insecure=insecure, beside=beside, report=_report)
+
+
+def _dashboard_installed() -> bool:
+    if importlib.util.find_spec("nicegui") is not None:
+        return True
+    _report("no dashboard: pip install 'fedllm[dashboard]' adds it")
+    return False
+
+
+def _dashboard(folder: Path, port: int) -> Kept:
+    """Prepare the dashboard on a local port; its first password is shown here and nowhere else."""
+    from fedllm.processes import Child, Kept, open_log
+    from server.dashboard.access import Accounts, state_folder, welcome
+    from server.link import require_free
+    from server.provision import read
+
+    read(folder)  # a folder that is no federation is left as it is
+    require_free("127.0.0.1", port, "choose another --dashboard-port, or 0 for none")
+    (folder / "runs").mkdir(exist_ok=True)
+    _report(f"dashboard: http://127.0.0.1:{port}/")
+    welcome(Accounts(state_folder(folder / "runs")), _report)
+    command = [sys.executable, "-m", "server.dashboard", str(folder), "--port", str(port)]
+    log = open_log(folder / "dashboard.log")
+    return Kept("dashboard", lambda: Child(command, {}, log))
 
 
 def _report(sentence: str) -> None:

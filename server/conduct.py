@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,7 @@ from fedllm.provenance import provenance
 from fedllm.run_database import FILE
 from fedllm.runs import Run
 from fedllm.store import RunStore
+from fedllm.summary import Status
 from fedllm.tensors import Tensors
 from strategies.engine import Engine
 from strategies.workshop import Workshop, open_workshop
@@ -23,7 +25,13 @@ from strategies.workshop import Workshop, open_workshop
 __all__ = ["conduct"]
 
 
-def conduct(grid: Grid, config: RunConfig, folder: Path) -> dict[str, Any]:
+Traffic = Callable[[], tuple[int | None, int | None]]
+"""Returns the bytes up and down that a deployed transport counted; None where that is not known."""
+
+
+def conduct(
+    grid: Grid, config: RunConfig, folder: Path, *, traffic: Traffic = lambda: (None, None)
+) -> dict[str, Any]:
     """Conduct a run to its end and return its summary.
 
     Args:
@@ -31,6 +39,7 @@ def conduct(grid: Grid, config: RunConfig, folder: Path) -> dict[str, Any]:
         config: the run.
         folder: the run folder. A run that lies there already is continued after its last checkpoint, and the
             numbers come out as if it had never stopped.
+        traffic: asked once the run is over.
 
     Raises:
         FedllmError: what ended the run; it is also the summary's last event.
@@ -41,6 +50,11 @@ def conduct(grid: Grid, config: RunConfig, folder: Path) -> dict[str, Any]:
     saved = checkpoint.latest(folder / "checkpoints") if begun else None
     made = provenance(run=uuid4().hex[:12])
     with RunStore.open(folder) if begun else RunStore.create(folder, config, made) as store:
+
+        def finish(status: Status, reason: str | None = None) -> dict[str, Any]:
+            up, down = traffic()
+            return store.finish(status, reason=reason, wire_up=up, wire_down=down)
+
         store.truncate(saved.number if saved else -1)
         try:
             engine = _compose(workshop, store)
@@ -48,15 +62,15 @@ def conduct(grid: Grid, config: RunConfig, folder: Path) -> dict[str, Any]:
                 engine.restore(saved)
             engine.start(grid)
             if not engine.finished:
-                return store.finish("stopped", reason="the operator asked to stop")
+                return finish("stopped", "the operator asked to stop")
             _write_result(engine, workshop)
         except KeyboardInterrupt:
-            store.finish("stopped", reason="interrupted")
+            finish("stopped", "interrupted")
             raise
         except FedllmError as error:
-            store.finish("failed", reason=str(error))
+            finish("failed", str(error))
             raise
-        return store.finish("finished")
+        return finish("finished")
 
 
 def _compose(workshop: Workshop, store: RunStore) -> Engine:

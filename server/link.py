@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedllm.errors import ConfigError, RunFailed
-from fedllm.processes import Child, interruptible, open_log
+from fedllm.processes import Child, Kept, interruptible, open_log
+from server.app import FEDERATION
 from server.control import Control, read_public_key
 from server.provision import Federation, read
 
-__all__ = ["Link", "connect", "enrol", "open_link", "serve"]
+__all__ = ["Link", "connect", "enrol", "open_link", "require_free", "serve"]
 
 READY_SECONDS = 60.0
 WATCH_SECONDS = 2.0
@@ -33,10 +34,15 @@ class Link(NamedTuple):
     control: Control
 
 
-def connect(folder: Path, *, insecure: bool = False) -> Control:
-    """Connect to the SuperLink that serves this folder on this host."""
+def connect(folder: Path) -> Control:
+    """Connect to the SuperLink that serves this folder on this host, by TLS unless it was started without."""
     federation = read(folder)
+    insecure = _insecure_mark(folder).exists()
     return Control(f"127.0.0.1:{federation.port}", None if insecure else folder / "ca.pem")
+
+
+def _insecure_mark(folder: Path) -> Path:
+    return folder / "superlink" / "insecure"
 
 
 @contextlib.contextmanager
@@ -53,10 +59,10 @@ def open_link(folder: Path, *, bind: str = "0.0.0.0", insecure: bool = False) ->
         RunFailed: the SuperLink ended or did not answer within a minute.
     """
     federation = read(folder)
-    _require_free(bind, federation.port)
+    require_free(bind, federation.port, "is another server running?")
     child = _start(federation, bind, insecure)
     try:
-        with connect(folder, insecure=insecure) as control:
+        with connect(folder) as control:
             _await_ready(child, control, folder)
             if not insecure:
                 enrol(federation, control)
@@ -70,7 +76,7 @@ def serve(
     *,
     bind: str = "0.0.0.0",
     insecure: bool = False,
-    beside: Sequence[Callable[[], Child]] = (),
+    beside: Sequence[Kept] = (),
     report: Callable[[str], None],
 ) -> None:
     """Serve until Ctrl-C. A SuperLink that dies comes back; keys added or revoked take effect as they change.
@@ -79,15 +85,13 @@ def serve(
         folder: made by ``provision``.
         bind: address to listen on.
         insecure: see :func:`open_link`.
-        beside: starts further processes, such as the dashboard, that end with the server.
+        beside: further processes, such as the dashboard, that are kept alive and end with the server.
         report: receives a sentence when something changes.
     """
     if insecure:
         report("INSECURE: no encryption, no authentication; whoever reaches this port can join and read")
-    companions = []
     with interruptible() as stop:
         try:
-            companions = [start() for start in beside]
             delay = 1.0
             while not stop.is_set():
                 began = time.monotonic()
@@ -97,14 +101,14 @@ def serve(
                         f"serving {federation.host}:{federation.port} for {len(federation.nodes)} nodes; "
                         f"log: {folder / 'superlink' / 'superlink.log'}"
                     )
-                    _watch(link, folder, insecure, stop, report)
+                    _watch(link, folder, insecure, beside, stop, report)
                 if not stop.is_set():
                     # A SuperLink that keeps dying at once is given more and more time.
                     delay = 1.0 if time.monotonic() - began > 60 else min(2 * delay, 60.0)
                     report(f"the SuperLink ended unexpectedly; starting it again in {delay:.0f} s")
                     stop.wait(delay)
         finally:
-            for companion in companions:
+            for companion in beside:
                 companion.stop()
     report("stopped")
 
@@ -124,10 +128,20 @@ def enrol(federation: Federation, control: Control) -> list[str]:
 
 
 def _watch(
-    link: Link, folder: Path, insecure: bool, stop: threading.Event, report: Callable[[str], None]
+    link: Link,
+    folder: Path,
+    insecure: bool,
+    beside: Sequence[Kept],
+    stop: threading.Event,
+    report: Callable[[str], None],
 ) -> None:
     seen = read(folder)
-    while link.child.poll() is None and not stop.wait(WATCH_SECONDS):
+    while link.child.poll() is None:
+        for companion in beside:
+            if ended := companion.tend():
+                report(ended)
+        if stop.wait(WATCH_SECONDS):
+            return
         current = read(folder)
         if current != seen and not insecure:
             for change in enrol(current, link.control):
@@ -139,6 +153,9 @@ def _start(federation: Federation, bind: str, insecure: bool) -> Child:
     folder = federation.folder.resolve()
     state = folder / "superlink"
     state.mkdir(exist_ok=True, mode=0o700)
+    _insecure_mark(folder).unlink(missing_ok=True)
+    if insecure:
+        _insecure_mark(folder).touch()
     security = (
         ["--insecure"]
         if insecure
@@ -162,21 +179,19 @@ def _start(federation: Federation, bind: str, insecure: bool) -> Child:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
-        "FEDLLM_RUNS": str(folder / "runs"),
+        FEDERATION: str(folder),
     }
     return Child(command, environment, open_log(state / "superlink.log"))
 
 
-def _require_free(bind: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-    with socket.socket(family) as probe:
+def require_free(host: str, port: int, advice: str) -> None:
+    """Check that a TCP port can be listened on; raises ``ConfigError`` with the advice where it is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((bind, port))
+            probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {bind} port {port}: {error.strerror}; is another server running?"
-            ) from error
+            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; {advice}") from error
 
 
 def _await_ready(child: Child, control: Control, folder: Path) -> None:

@@ -20,10 +20,9 @@ from fedllm.durable import replace_file, to_json
 from fedllm.errors import ConfigError, RunFailed
 from fedllm.run_database import FILE
 from fedllm.runs import Run as StoredRun
-from fedllm.store import RunStore
 from server.control import Control, Run, build_bundle
 
-__all__ = ["Submitted", "bundle_of", "find", "follow", "resume", "stop", "submit"]
+__all__ = ["Submitted", "bundle_of", "find", "follow", "log_of", "numbers", "resume", "stop", "submit"]
 
 POLL_SECONDS = 0.5
 POLITE_SECONDS = 30.0
@@ -71,14 +70,14 @@ def resume(federation: Path, control: Control, name: str) -> Submitted:
 def find(federation: Path, name: str) -> Submitted:
     """Look up a submitted run by name or folder."""
     folder = _folder(federation, name)
-    numbers = _numbers(federation)
-    if folder.name not in numbers:
+    sessions = numbers(federation).get(folder.name)
+    if sessions is None:
         raise ConfigError(f"{folder} was not submitted to this server")
-    return Submitted(numbers[folder.name], folder)
+    return Submitted(sessions[-1], folder)
 
 
 def follow(control: Control, run: Submitted, *, look: Callable[[Path], None] = lambda folder: None) -> Run:
-    """Wait until a run ends, and note the bytes that the SuperLink counted in its summary.
+    """Wait until a run ends.
 
     Args:
         control: connection to the SuperLink that runs it.
@@ -96,9 +95,7 @@ def follow(control: Control, run: Submitted, *, look: Callable[[Path], None] = l
         raise RunFailed(f"the run ended before it began: {state.details or _last_words(control, run)}")
     look(run.folder)
     stored = StoredRun(run.folder)
-    if stored.status == "finished":
-        _note_traffic(run.folder, state)
-    elif stored.status != "stopped":
+    if stored.status not in ("finished", "stopped"):
         raise RunFailed(
             f"{_reason(stored) or state.details}; go on with: fedllm run --resume {run.folder.name}"
         )
@@ -140,8 +137,10 @@ def _start(federation: Path, control: Control, config: RunConfig, folder: Path) 
     values = {"fedllm": config.to_json(), "run-dir": str(folder)}
     bundle = bundle_of("server.app:app", "client.app:app", dict.fromkeys(values, ""))
     number = control.start(bundle, values)
-    numbers = {**_numbers(federation), folder.name: number}
-    replace_file(_register(federation), to_json(numbers))
+    known = numbers(federation)
+    replace_file(
+        _register(federation), to_json({**known, folder.name: [*known.get(folder.name, []), number]})
+    )
     return Submitted(number, folder)
 
 
@@ -149,12 +148,18 @@ def _register(federation: Path) -> Path:
     return federation / "superlink" / "runs.json"
 
 
-def _numbers(federation: Path) -> dict[str, int]:
+def numbers(federation: Path) -> dict[str, list[int]]:
+    """Return Flower's numbers of every run's sessions, by name: a run that was resumed has several."""
     try:
-        numbers: dict[str, int] = json.loads(_register(federation).read_bytes())
+        known: dict[str, list[int]] = json.loads(_register(federation).read_bytes())
     except FileNotFoundError:
         return {}
-    return numbers
+    return known
+
+
+def log_of(federation: Path, name: str) -> Path:
+    """Where a run's server process writes its log."""
+    return federation / "superlink" / "logs" / f"{name}.log"
 
 
 def _folder(federation: Path, name: str) -> Path:
@@ -163,16 +168,6 @@ def _folder(federation: Path, name: str) -> Path:
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))) or "none"
         raise ConfigError(f"{federation} holds no run {Path(name).name}; its runs are: {known}")
     return folder
-
-
-def _note_traffic(folder: Path, state: Run) -> None:
-    with RunStore.open(folder) as store:
-        store.finish(
-            "finished",
-            reason="traffic as the SuperLink counted it",
-            wire_up=state.bytes_up,
-            wire_down=state.bytes_down,
-        )
 
 
 def _reason(stored: StoredRun) -> str:

@@ -24,7 +24,7 @@ import filelock
 from fedllm.durable import replace_file, to_json
 from fedllm.errors import ConfigError, StoreError
 
-__all__ = ["Accounts", "Principal", "Role", "Sessions", "Throttle"]
+__all__ = ["Accounts", "Principal", "Role", "Sessions", "Throttle", "state_folder", "welcome"]
 
 Role = Literal["operator", "viewer"]
 ROLES: tuple[Role, ...] = ("operator", "viewer")
@@ -154,6 +154,18 @@ class Accounts:
             change(held)
             replace_file(self.path, to_json(held, indent=2))
             self.path.chmod(0o600)
+
+
+def state_folder(runs: Path) -> Path:
+    """Where the dashboard over a folder of runs keeps what is its own."""
+    return runs / ".dashboard"
+
+
+def welcome(accounts: Accounts, say: Callable[[str], None]) -> None:
+    """Make the first user where there is none, and say the password: this once."""
+    if password := accounts.first():
+        say(f"first start: log in as operator with the password {password}")
+        say("it is shown this once; fedllm dashboard --new-password operator makes another")
 
 
 class Sessions:

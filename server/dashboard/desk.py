@@ -16,7 +16,7 @@ from fedllm.errors import ConfigError
 from fedllm.run_database import FILE
 from fedllm.store import RunStore
 from server.dashboard import federation
-from server.dashboard.access import Accounts, Principal, Role, Sessions
+from server.dashboard.access import Accounts, Principal, Role, Sessions, state_folder
 from server.dashboard.errors import Conflict, Denied, Missing
 from server.dashboard.federation import FederationNode
 from server.dashboard.forgetting import forget
@@ -41,7 +41,7 @@ class Desk:
     def __init__(self, root: Path, federation: Path | None = None) -> None:
         self.root, self.federation = root.resolve(), federation and federation.resolve()
         self.root.mkdir(parents=True, exist_ok=True)
-        self.state = self.root / ".dashboard"
+        self.state = state_folder(self.root)
         self.accounts, self.sessions = Accounts(self.state), Sessions()
         self.shelf = Shelf(self.root)
         self.launcher = Launcher(self.root, self.state, self.federation)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
-import socket
 import threading
 from pathlib import Path
 
 from fedllm.errors import ConfigError
 from fedllm.terminal import console
-from server.dashboard.access import ROLES, Role
+from server.dashboard.access import ROLES, Role, welcome
 from server.dashboard.app import serve
 from server.dashboard.desk import Desk
+from server.link import require_free
 
 __all__ = ["open_desk", "secret", "start"]
 
@@ -52,11 +52,9 @@ def start(folder: Path, *, host: str, port: int, tls: bool | None) -> None:
     if tls and federation is None:
         raise ConfigError(f"--tls needs a certificate, and {folder} holds none: fedllm provision makes one")
     encrypted = federation is not None and (tls if tls is not None else not _local(host))
-    _require_free(host, port)
+    require_free(host, port, "choose another --port")
     say = console.print
-    if password := desk.accounts.first():
-        say(f"first start: log in as operator with the password {password}", highlight=False, soft_wrap=True)
-        say("it is shown this once; fedllm dashboard --new-password operator makes another", highlight=False)
+    welcome(desk.accounts, lambda said: say(said, highlight=False, soft_wrap=True))
     if not encrypted and not _local(host):
         say("passwords will cross the network unencrypted: put TLS before this port", style="yellow")
     shown = f"[{host}]" if ":" in host else host
@@ -73,14 +71,3 @@ def _local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _require_free(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
-            ) from error
