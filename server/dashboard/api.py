@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedllm.run_database import Event, NodeRound, Round
+from fedllm.run_database import Event, NodeLog, NodeRound, Round
 from server.dashboard import downloads
 from server.dashboard.access import Principal, Role
 from server.dashboard.desk import Desk
@@ -46,8 +46,6 @@ class Body(BaseModel):
 
 Scalar = str | bool | int | float
 Settings = dict[str, Scalar | list[Scalar]]
-
-
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,99}$")]
 
 
@@ -223,6 +221,18 @@ def events(
     return desk.shelf.run(name).events(after, limit)
 
 
+@router.get("/runs/{name}/logs")
+def node_logs(
+    desk: TheDesk,
+    name: Name,
+    node: NodeQuery = None,
+    after: Annotated[int, Query(ge=0, le=2**62)] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+) -> list[NodeLog]:
+    """Lines of the nodes' own logs, as they came with their replies; the newest hundred of each node."""
+    return desk.shelf.run(name).node_logs(after, node=node, limit=limit)
+
+
 @router.get("/runs/{name}/audit")
 def run_audit(desk: TheDesk, name: Name) -> list[dict[str, Any]]:
     """Who did what to the run."""
@@ -243,7 +253,7 @@ def checkpoints(desk: TheDesk, name: Name) -> list[int]:
 
 @router.get("/runs/{name}/output", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def output(desk: TheDesk, name: Name) -> Response:
-    """The end of what the run's process has printed, where it was started from here."""
+    """The end of what the run's process has printed: one started from here, or the federation's."""
     desk.overview(name)
     return Response(desk.launcher.log(name), media_type="text/plain")
 

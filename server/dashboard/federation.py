@@ -1,4 +1,4 @@
-"""Nodes of the federation that is served beside the dashboard: their keys, and whether they are online."""
+"""The federation that is served beside the dashboard: its nodes, their keys, its runs as Flower has them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fedllm.errors import FedllmError
 from server.control import read_public_key
 from server.link import connect
 from server.provision import read, revoke
+from server.submit import log_of, numbers
 
-__all__ = ["FederationNode", "nodes", "revoke_node"]
+__all__ = ["FederationNode", "ended", "log_of", "nodes", "revoke_node"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,10 @@ def revoke_node(folder: Path, node: int) -> None:
     """Forbid a node to join, and delete the keys that were made for it."""
     revoke(folder, node)
     shutil.rmtree(folder / "bundles" / f"node-{node}", ignore_errors=True)
+
+
+def ended(folder: Path, run: str) -> bool:
+    """Whether a run that was submitted has ended; False while the server cannot be asked."""
+    with contextlib.suppress(httpx.HTTPError, FedllmError, KeyError), connect(folder) as control:
+        return control.run(numbers(folder)[run][-1]).status == "finished"
+    return False

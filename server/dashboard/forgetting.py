@@ -6,7 +6,7 @@ import json
 import sqlite3
 
 from fedllm.durable import to_json
-from fedllm.run_database import transaction
+from fedllm.run_database import NODE_LOGS, transaction
 
 __all__ = ["NOBODY", "forget"]
 
@@ -15,9 +15,11 @@ NOBODY = -1
 
 
 def forget(connection: sqlite3.Connection, node: int) -> None:
-    """Delete a client's answers and what it told about its device; keep its bytes, without its number."""
+    """Delete a client's answers, log and device facts; keep its bytes, without its number."""
     with transaction(connection):
         connection.execute("DELETE FROM node_rounds WHERE node = ?", (node,))
+        connection.execute(NODE_LOGS)
+        connection.execute("DELETE FROM node_logs WHERE node = ?", (node,))
         connection.execute("UPDATE ledger SET node = ? WHERE node = ?", (NOBODY, node))
         for row in connection.execute("SELECT id, fields FROM events").fetchall():
             if json.loads(row["fields"]).get("node") == node:

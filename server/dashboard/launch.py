@@ -19,6 +19,7 @@ import tomli_w
 from fedllm.durable import replace_file
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.run_database import FILE
+from server.dashboard import federation
 from server.dashboard.errors import Missing
 
 __all__ = ["Launcher", "setting"]
@@ -35,13 +36,14 @@ class Launcher:
     Args:
         root: folder of runs.
         state: the dashboard's own folder, for drafts and logs.
-        federation: folder of the federation that runs are submitted to; None simulates on this host.
+        served: folder of the federation that runs are submitted to; None simulates on this host.
     """
 
-    def __init__(self, root: Path, state: Path, federation: Path | None = None) -> None:
-        self.root, self.federation = root, federation
+    def __init__(self, root: Path, state: Path, served: Path | None = None) -> None:
+        self.root, self.federation = root, served
         self._drafts, self._logs = state / "drafts", state / "logs"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._submitted: set[str] = set()
         self._answers: dict[tuple[str, ...], str] = {}
         self._guard = threading.Lock()
 
@@ -84,6 +86,7 @@ class Launcher:
         draft = self._draft(name, {**document, "name": name})
         if self.federation is not None:
             _run([*_FEDLLM, "run", str(draft), "--server", str(self.federation), "--detach"])
+            self._submitted.add(name)
         else:
             self._spawn(name, ["simulate", str(draft), "--out", str(self.root / name)])
 
@@ -100,11 +103,20 @@ class Launcher:
 
     def starting(self) -> dict[str, str]:
         """Return the runs that have no folder yet, each with why it never will, or with nothing so far."""
-        return {
+        spawned = {
             name: (self._last_words(name) if process.poll() else "")
             for name, process in self._processes.items()
-            if process.poll() != 0 and not (self.root / name / FILE).is_file()
+            if process.poll() != 0
         }
+        submitted = dict.fromkeys(self._submitted, "")
+        begun = {name for name in spawned | submitted if (self.root / name / FILE).is_file()}
+        self._submitted -= begun
+        if self.federation is not None:
+            submitted = {
+                name: self._last_words(name) if federation.ended(self.federation, name) else ""
+                for name in self._submitted
+            }
+        return {name: reason for name, reason in (spawned | submitted).items() if name not in begun}
 
     def busy(self, name: str) -> bool:
         """Whether a process that was started here for this run goes on."""
@@ -112,9 +124,12 @@ class Launcher:
         return process is not None and process.poll() is None
 
     def log(self, name: str) -> str:
-        """Return the end of what a run that was started here has printed."""
+        """Return the end of what a run's process has printed: one started here, or the federation's."""
+        path = self._logs / f"{name}.log"
+        if self.federation is not None:
+            path = federation.log_of(self.federation, name)
         try:
-            with (self._logs / f"{name}.log").open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
                 return file.read().decode(errors="replace")
         except FileNotFoundError:

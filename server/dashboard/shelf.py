@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fedllm import run_database, run_lock
 from fedllm.durable import disk_errors
@@ -16,7 +16,7 @@ from fedllm.run_database import Round
 from fedllm.runs import Run, find
 from server.dashboard.errors import Missing
 
-__all__ = ["NodeTotal", "Overview", "Shelf"]
+__all__ = ["NodeTotal", "Overview", "Shelf", "Traffic"]
 
 _FILES = (run_database.FILE, f"{run_database.FILE}-wal", "rounds.jsonl", "summary.json")
 Found = TypeVar("Found")
@@ -73,10 +73,6 @@ class Overview:
         """Whether a process works on it."""
         return self.state in ("running", "paused")
 
-    def as_json(self) -> dict[str, Any]:
-        """Return it for the JSON API."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class NodeTotal:
@@ -109,9 +105,15 @@ class NodeTotal:
     reason: str = ""
     device: dict[str, Any] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return it for the JSON API."""
-        return asdict(self)
+
+class Traffic(NamedTuple):
+    """Bytes of one round, and what they would have been without a codec."""
+
+    round: int
+    up: int
+    down: int
+    dense_up: int
+    dense_down: int
 
 
 class Shelf:
@@ -158,6 +160,10 @@ class Shelf:
     def rounds(self, name: str) -> list[Round]:
         """Return a run's committed rounds."""
         return self._keep("rounds", self.folder(name), lambda folder: Run(folder).rounds())
+
+    def traffic(self, name: str) -> list[Traffic]:
+        """Return what crossed in each round, ascending."""
+        return self._keep("traffic", self.folder(name), _traffic)
 
     def nodes(self, name: str) -> list[NodeTotal]:
         """Return the clients of a run, over all its rounds."""
@@ -316,6 +322,14 @@ def _nodes(folder: Path) -> list[NodeTotal]:
             )
         )
     return found
+
+
+def _traffic(folder: Path) -> list[Traffic]:
+    found: dict[int, dict[str, int]] = {}
+    for row in Run(folder).traffic(("round", "direction")):
+        sums = found.setdefault(row["round"], dict.fromkeys(("up", "down", "dense_up", "dense_down"), 0))
+        sums[row["direction"]], sums[f"dense_{row['direction']}"] = row["bytes"], row["dense"]
+    return [Traffic(number, **sums) for number, sums in found.items()]
 
 
 def _devices(told: list[tuple[str, dict[str, Any]]]) -> tuple[dict[int, dict[str, Any]], set[int]]:

@@ -178,12 +178,26 @@ def test_rolling_back_forgets_what_came_later(
     assert operator.get("/api/runs/a/audit").json()[-1]["detail"] == "from round 2"
 
 
+def test_node_logs_are_read_by_node_and_by_what_is_new(desk: Desk, operator: TestClient) -> None:
+    with open_run(desk) as store:
+        assert operator.get("/api/runs/live/logs").json() == []
+        for node in (0, 1, 0):
+            store.node_log(node, f"node {node}: worker ready", round=1)
+        rows = operator.get("/api/runs/live/logs?node=0").json()
+        assert [row["lines"] for row in rows] == ["node 0: worker ready"] * 2
+        assert operator.get(f"/api/runs/live/logs?after={rows[0]['id']}").json()[-1] == rows[1]
+
+
 def test_forgetting_a_node_leaves_the_totals(desk: Desk, operator: TestClient) -> None:
     run = make_run(desk.root / "a")
+    with RunStore.open(run.folder) as store:
+        store.node_log(0, "kept", round=1)
+        store.node_log(1, "gone", round=1)
     before = operator.get("/api/runs/a").json()
     assert operator.post("/api/runs/a/nodes/1/forget").status_code == 200
     assert [node["node"] for node in operator.get("/api/runs/a/nodes").json()] == [0]
     assert {row.node for row in run.nodes()} == {0}
+    assert [row.lines for row in run.node_logs()] == ["kept"]
     after = operator.get("/api/runs/a").json()
     assert (before["bytes_up"], before["bytes_down"]) == (after["bytes_up"], after["bytes_down"])
     assert operator.post("/api/runs/a/nodes/1/forget").status_code == 404

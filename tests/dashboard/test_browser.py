@@ -157,6 +157,23 @@ def test_a_round_shows_within_two_seconds_of_its_end(served: Served, operator: P
             expect(operator.get_by_text(f"round {number} of 9").first).to_be_visible(timeout=2000)
 
 
+def test_what_server_and_nodes_log_shows_as_it_comes(served: Served, operator: Page) -> None:
+    logs = served.root / ".dashboard" / "logs"
+    logs.mkdir(exist_ok=True)
+    with RunStore.create(served.root / "talking", RunConfig(name="talking", clients=3, rounds=9)) as store:
+        operator.goto("/runs/talking")
+        operator.get_by_role("tab", name="Log").click()
+        store.event("joined", "client 2", node=2)
+        store.node_log(2, "worker: the disk is slow\n<b>not bold</b>", round=1)
+        (logs / "talking.log").write_text("Aggregating results\n")
+        happened = operator.get_by_role("log", name="What happened")
+        expect(happened).to_contain_text("client 2", timeout=2000)
+        expect(operator.get_by_role("log", name="server")).to_contain_text("Aggregating", timeout=2000)
+        nodes = operator.get_by_role("log", name="What the nodes logged")
+        expect(nodes).to_contain_text("node 2  worker: the disk is slow", timeout=2000)
+        expect(nodes).to_contain_text("node 2  <b>not bold</b>")
+
+
 def test_a_node_is_quarantined_and_released(served: Served, operator: Page) -> None:
     config = RunConfig(name="herd", clients=3, rounds=9)
     with RunStore.create(served.root / "herd", config) as store:

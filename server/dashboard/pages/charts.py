@@ -7,11 +7,13 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from fedllm.run_database import Round
+from server.dashboard.shelf import Traffic
 
-__all__ = ["AXES", "fact_names", "facts", "metric_names", "quality", "traffic"]
+__all__ = ["AXES", "UNITS", "compression", "fact_names", "facts", "metric_names", "quality", "traffic"]
 
 Axis = Literal["round", "bytes", "seconds"]
 AXES: tuple[Axis, ...] = ("round", "bytes", "seconds")
+UNITS = ("bytes", "times fewer than dense")
 _ACCENT, _SECOND, _SOFT, _LINE = "#2a8f99", "#c98a2b", "#7f8b9b", "rgba(128,140,155,0.25)"
 _UNITS = {"round": "round", "bytes": "MB moved", "seconds": "seconds"}
 _NO_CURVE = ("accepted", "initial", "clients")
@@ -39,7 +41,7 @@ def quality(rounds: Sequence[Round], metric: str, axis: Axis) -> dict[str, Any]:
     return _lines({metric: points}, _UNITS[axis], whole=axis == "round")
 
 
-def traffic(rounds: Sequence[Round]) -> dict[str, Any]:
+def traffic(moved: Sequence[Traffic]) -> dict[str, Any]:
     """Draw kilobytes by round, up and down."""
     series = [
         {
@@ -47,11 +49,26 @@ def traffic(rounds: Sequence[Round]) -> dict[str, Any]:
             "type": "bar",
             "stack": "moved",
             "itemStyle": {"color": colour},
-            "data": [[record.round, round(getattr(record, field) / 1000, 3)] for record in rounds],
+            "data": [[row.round, round(getattr(row, field) / 1000, 3)] for row in moved],
         }
-        for name, field, colour in (("up kB", "bytes_up", _ACCENT), ("down kB", "bytes_down", _SECOND))
+        for name, field, colour in (("up kB", "up", _ACCENT), ("down kB", "down", _SECOND))
     ]
     return _frame(series, "round", whole=True, from_zero=True)
+
+
+def compression(moved: Sequence[Traffic]) -> dict[str, Any]:
+    """Draw how many times fewer bytes crossed than without a codec, by round, up and down.
+
+    >>> compression([Traffic(1, 20, 10, 80, 10)])["series"][0]["data"]
+    [[1, 4.0]]
+    """
+    curves = {
+        "up, times fewer": [[row.round, row.dense_up / row.up] for row in moved if row.round and row.up],
+        "down, times fewer": [
+            [row.round, row.dense_down / row.down] for row in moved if row.round and row.down
+        ],
+    }
+    return _lines(curves, "round", whole=True)
 
 
 def fact_names(rounds: Sequence[Round]) -> list[str]:
@@ -85,10 +102,10 @@ def _lines(curves: dict[str, list[list[float]]], label: str, *, whole: bool) -> 
             "data": points,
             "showSymbol": len(points) < 30,
             "symbolSize": 6,
-            "lineStyle": {"width": 2, "color": _ACCENT},
-            "itemStyle": {"color": _ACCENT},
+            "lineStyle": {"width": 2, "color": colour},
+            "itemStyle": {"color": colour},
         }
-        for name, points in curves.items()
+        for (name, points), colour in zip(curves.items(), (_ACCENT, _SECOND), strict=False)
     ]
     return _frame(series, label, whole=whole, from_zero=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any, get_args
 from urllib.parse import quote
 
@@ -12,7 +11,6 @@ from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
 from fedllm.errors import FedllmError
-from fedllm.run_database import Event
 from fedllm.wording import human_seconds
 from server.dashboard import verdict
 from server.dashboard.access import Principal
@@ -21,13 +19,12 @@ from server.dashboard.downloads import File
 from server.dashboard.pages import charts
 from server.dashboard.pages.answers import Answers
 from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, watch
+from server.dashboard.pages.logs import Logs, clock
 from server.dashboard.pages.node_table import NodeTable
 from server.dashboard.shelf import Overview
 from server.dashboard.verdict import Verdict
 
 __all__ = ["register"]
-
-_LINES = 500
 
 
 def register(desk: Desk) -> None:
@@ -91,7 +88,6 @@ class _RunPage:
         self.config = desk.shelf.run(name).config
         self.stamp: object = None
         self.state = ""
-        self.last_event = 0
         with ui.element("div").classes("row apart"):
             with ui.element("div").classes("row"):
                 heading(name)
@@ -121,8 +117,9 @@ class _RunPage:
                         self.axis = _choice(self._draw_curves, "Against")
                 self.quality = ui.echart({}).classes("chart")
             with ui.element("section").classes("panel"):
-                with ui.element("div").classes("row"):
-                    heading("Bytes by round", 2)
+                with ui.element("div").classes("row apart"):
+                    heading("Traffic by round", 2)
+                    self.unit = _choice(self._draw_curves, "As")
                 self.traffic = ui.echart({}).classes("chart")
             with ui.element("section").classes("panel") as self.facts_panel:
                 with ui.element("div").classes("row apart"):
@@ -143,9 +140,7 @@ class _RunPage:
             with ui.tab_panel("Answers"):
                 self.rounds = Answers(self.desk, self.name)
             with ui.tab_panel("Log"), ui.element("div").classes("panel"):
-                self.log = ui.label().classes("log").props('role="log" tabindex="0" aria-label="Log"')
-                heading("What its process printed, if it was started here", 2)
-                self.output = ui.label().classes("log")
+                self.logs = Logs(self.desk, self.name)
             with ui.tab_panel("Configuration"), ui.element("div").classes("panel"):
                 ui.label(self.config.to_toml()).classes("log")
             with ui.tab_panel("Checkpoints"):
@@ -165,7 +160,8 @@ class _RunPage:
         self.answers[1].show(verdict.slow(nodes))
         self.nodes.show(nodes, live=view.live)
         await self._show_rounds()
-        await self._show_log()
+        await self.logs.look()
+        await self._show_audit()
 
     def _show_head(self, view: Overview) -> None:
         self.answers[0].show(verdict.health(view))
@@ -176,8 +172,7 @@ class _RunPage:
         self.doing.text = (
             f"quorum {self.config.quorum}, deadline {human_seconds(self.config.server.deadline_s)}"
         )
-        if self.output.text != (said := self.desk.launcher.log(self.name)):
-            self.output.text = said
+        self.logs.look_at_server()
         self.bar.style(f"width: {100 * view.round / view.rounds:.1f}%")
         if view.state != self.state:
             self.state = view.state
@@ -189,6 +184,7 @@ class _RunPage:
 
     async def _show_rounds(self) -> None:
         self.records = await beside(self.desk.shelf.rounds, self.name)
+        self.moved = await beside(self.desk.shelf.traffic, self.name)
         self.rounds.offer([record.round for record in self.records])
         self._draw_curves()
         held = await beside(self.desk.checkpoints, self.name)
@@ -205,20 +201,16 @@ class _RunPage:
         self.facts_panel.set_visibility(bool(self.fact.options))
         if self.metric.value:
             _redraw(self.quality, charts.quality(self.records, self.metric.value, self.axis.value))
-        _redraw(self.traffic, charts.traffic(self.records))
+        _offer(self.unit, list(charts.UNITS))
+        drawn = charts.traffic if self.unit.value == "bytes" else charts.compression
+        _redraw(self.traffic, drawn(self.moved))
         if self.fact.value:
             _redraw(self.facts, charts.facts(self.records, self.fact.value))
 
-    async def _show_log(self) -> None:
-        stored = self.desk.shelf.run(self.name)
-        found = await beside(stored.events, self.last_event, 10_000)
-        if found:
-            self.last_event = found[-1].id
-            lines = [*self.log.text.splitlines(), *map(_line, found)]
-            self.log.text = "\n".join(lines[-_LINES:])
-        noted = await beside(stored.audit_log)
+    async def _show_audit(self) -> None:
+        noted = await beside(self.desk.shelf.run(self.name).audit_log)
         self.audit.text = (
-            "\n".join(f"{_clock(row['at'])}  {row['who']}  {row['action']}  {row['detail']}" for row in noted)
+            "\n".join(f"{clock(row['at'])}  {row['who']}  {row['action']}  {row['detail']}" for row in noted)
             or "Nobody has changed anything."
         )
 
@@ -301,11 +293,3 @@ def _redraw(chart: ui.echart, options: dict[str, Any]) -> None:
         chart.options.clear()
         chart.options.update(options)
         chart.update()
-
-
-def _line(event: Event) -> str:
-    return f"{_clock(event.at)}  {event.kind:<10}  {event.message}"
-
-
-def _clock(at: float) -> str:
-    return f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,69 @@
+"""What is particular to a method: its own curves, and going back where clients keep tensors of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config import RunConfig
+from fedllm.runs import Run
+from server.dashboard.access import Principal
+from server.dashboard.desk import Desk
+from server.dashboard.launch import Launcher
+from server.dashboard.pages import charts
+from server.dashboard.shelf import Shelf
+from tests.rounds.federation import configuration
+from tests.rounds.federation import run as simulate
+
+LOW_RANK = 'error_feedback(low_rank(energy="0.8->0.99") | quantize(bits=8))'
+SECTIONS: dict[str, dict[str, Any]] = {
+    "fwdllm": {"options": {"directions": 4, "pacing": "variance", "threshold": 1e-9, "max_exchanges": 2}},
+    "fedkd": {"codec": {"up": LOW_RANK, "down": LOW_RANK}},
+}
+
+
+@pytest.fixture(params=SECTIONS)
+def config(request: pytest.FixtureRequest, tiny_encoder: Path, tiny_texts: Path) -> RunConfig:
+    given = SECTIONS[request.param]
+    return configuration(tiny_encoder, tiny_texts, method=request.param, rounds=3, clients=3, **given)
+
+
+def test_what_a_method_reports_is_drawn(config: RunConfig, tmp_path: Path) -> None:
+    simulate(config, tmp_path / "runs" / "a")
+    shelf = Shelf(tmp_path / "runs")
+    rounds = shelf.rounds("a")
+
+    def curve(name: str) -> list[float]:
+        return [value for _, value in charts.facts(rounds, name)["series"][0]["data"]]
+
+    names = charts.fact_names(rounds)
+    if config.method == "fwdllm":
+        assert {"directions", "variance"} <= set(names)
+        # Three clients with four directions each, asked twice since no variance is as small as that.
+        assert curve("directions") == [24.0, 24.0, 24.0]
+        assert min(curve("variance")) > 1e-9
+    else:
+        assert {"energy", "rank", "loss"} <= set(names)
+        # T(t) = 0.8 + 0.19 t at t = 0, 1/3 and 2/3.
+        assert curve("energy") == pytest.approx([0.8, 0.8 + 0.19 / 3, 0.8 + 0.38 / 3])
+        assert min(curve("rank")) >= 1.0
+        up, down = (one["data"] for one in charts.compression(shelf.traffic("a"))["series"])
+        assert [number for number, _ in up] == [1, 2, 3]
+        assert min(ratio for _, ratio in up[1:] + down[2:]) > 1.0
+
+
+def test_going_back_comes_out_as_if_nothing_had_been(
+    config: RunConfig, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = desk.root / "a"
+    simulate(config, folder)
+    before = Run(folder).rounds()
+    monkeypatch.setattr(Launcher, "go_on", lambda self, name: simulate(config, self.root / name))
+    desk.go_on(Principal("olive", "operator"), "a", config.rounds - 1)
+    after = Run(folder).rounds()
+    assert [record.state_sha256 for record in after] == [record.state_sha256 for record in before]
+    assert after[-1].finished_at > before[-1].finished_at
+    if config.method == "fedkd":
+        assert not [row for row in Run(folder).nodes() if "state_lost" in row.metrics]
