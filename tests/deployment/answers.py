@@ -19,7 +19,11 @@ from fedllm.errors import DataError
 if TYPE_CHECKING:
     from strategies.base import Answer
 
-SLOW_SECONDS = 80.0
+SLOW_SECONDS = 40.0
+"""Longer than any deadline of these tests."""
+MOMENT_SECONDS = 1.0
+BEHAVIOUR, WORKING = "behaviour", "working"
+"""Files in a node's state folder: what a test asks for, and that the node trains."""
 
 
 def play(request: bytes) -> bytes:
@@ -46,13 +50,30 @@ def play(request: bytes) -> bytes:
     return request
 
 
-def hostile(request: bytes) -> bytes:
+def behave(request: bytes) -> bytes:
+    """Train as a file in the state folder says: ``unhurried``, ``hostile``, or honestly without one."""
+    from client.worker import answer_bytes
+
+    content = wire.decode(request)
+    instruction = wire.unpack_instruction(content)
+    state = Path(str(content["place"]["folder"]))
+    behaviour = state / BEHAVIOUR
+    if instruction.kind != "fit" or not behaviour.exists():
+        return answer_bytes(request)
+    if behaviour.read_text() == "hostile":
+        return hostile(request, instruction)
+    # A moment in which a test can pull the plug.
+    (state / WORKING).touch()
+    time.sleep(MOMENT_SECONDS)
+    answered = answer_bytes(request)
+    (state / WORKING).unlink()
+    return answered
+
+
+def hostile(request: bytes, instruction: wire.Instruction) -> bytes:
     """Train honestly, then misbehave in a way of its own each round; a real node could send any of it."""
     from client.worker import answer_bytes
 
-    instruction = wire.unpack_instruction(wire.decode(request))
-    if instruction.kind != "fit":
-        return answer_bytes(request)
     if instruction.round == 1:
         return os.urandom(4096)
     if instruction.round == 6:
@@ -67,7 +88,7 @@ def hostile(request: bytes) -> bytes:
     if instruction.round == 3:
         payload = payload[:-8]
     if instruction.round == 4:
-        return wire.encode(_claim(2_000_000_000))
+        return wire.encode(_claim(10_000_000_000))
     if instruction.round == 5:
         time.sleep(SLOW_SECONDS)
     return wire.encode(wire.pack_reply(dataclasses.replace(reply, payload=payload)))

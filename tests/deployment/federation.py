@@ -7,60 +7,79 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+from flwr.app import Message
 
 from client.checks import Bundle
+from fedllm import wire
 from fedllm.config import RunConfig
 from fedllm.processes import Child, open_log
+from fedllm.runs import NodeRound
 from fedllm.runs import Run as StoredRun
 from server.link import Link, open_link
 from server.provision import provision
 from server.submit import Submitted, follow, submit
+from tests.deployment.answers import BEHAVIOUR, WORKING
 from tests.deployment.conftest import free_port, until
+from tests.deployment.unlucky import LOST, start_device
+from tests.rounds.federation import run as simulate
 
-DEVICE = """
-import sys
-from pathlib import Path
-from client import device
-from client.checks import Bundle
-bundle, state, answer = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-command = device._worker_command
-device._worker_command = lambda *given: [*command(*given), "--answer", answer]
-device.join(device.Device(Bundle.read(bundle), state, threads=1), report=print, status=print)
-"""
-HONEST = "client.worker:answer_bytes"
+EVERYONE = {"sample": 3, "quorum": 3, "deadline_s": 60.0, "retries": 9}
+ANY_TWO = {**EVERYONE, "quorum": 2}
+"""Of ``server``: every client counts in every round, or whichever two come."""
 
 
 class Federation:
     """Devices by number, on one SuperLink."""
 
-    def __init__(self, folder: Path, bundles: list[Bundle], link: Link) -> None:
+    def __init__(self, folder: Path, bundles: list[Bundle], links: contextlib.ExitStack) -> None:
         self.folder = folder
-        self.link = link
         self.bundles = bundles
+        self._links = links
+        self.link: Link = links.enter_context(open_link(folder))
         self.devices: dict[int, Child] = {}
 
     def state(self, node: int) -> Path:
         return self.folder / f"state-{node}"
 
-    def join(self, *nodes: int, answer: str = HONEST) -> None:
-        """Start devices and wait until the SuperLink sees them."""
+    def join(
+        self,
+        *nodes: int,
+        data: Path | None = None,
+        ahead: float = 0.0,
+        namespace: str = "",
+        wait: bool = True,
+    ) -> None:
+        """Start devices and wait until the SuperLink sees them.
+
+        Args:
+            nodes: their numbers.
+            data: their own texts.
+            ahead: seconds by which their clocks are ahead.
+            namespace: network namespace in which they live.
+            wait: whether they are expected to get in.
+        """
         for node in nodes:
-            command = [
-                sys.executable,
-                "-c",
-                DEVICE,
-                str(self.bundles[node].folder),
-                str(self.state(node)),
-                answer,
-            ]
-            self.devices[node] = Child(command, {}, open_log(self.folder / f"device-{node}.log"))
-        until(lambda: {f"node-{node}" for node in nodes} <= self.online(), 120)
+            log = open_log(self.folder / f"device-{node}.log")
+            self.devices[node] = start_device(
+                self.bundles[node], self.state(node), log, data=data, ahead=ahead, namespace=namespace
+            )
+        if wait:
+            until(lambda: {f"node-{node}" for node in nodes} <= self.online(), 120)
+
+    def ask(self, behaviour: str, *nodes: int) -> None:
+        """Have devices answer so from now on; see ``tests.deployment.answers``."""
+        for node in nodes:
+            (self.state(node) / BEHAVIOUR).write_text(behaviour)
+
+    def lose(self, share: float, *nodes: int) -> None:
+        """Let a share of these devices' replies get lost from now on."""
+        for node in nodes:
+            (self.state(node) / LOST).write_text(str(share))
 
     def online(self) -> set[str]:
         return {node.name for node in self.link.control.nodes() if node.status == "online"}
@@ -92,6 +111,10 @@ class Federation:
         until(look)
         return found[0]
 
+    def await_work(self, node: int) -> None:
+        """Wait until an ``unhurried`` device trains."""
+        until((self.state(node) / WORKING).exists)
+
     def said(self, node: int) -> str:
         return (self.folder / f"device-{node}.log").read_text(encoding="utf-8")
 
@@ -110,9 +133,9 @@ class Federation:
             lambda: (run.folder / "run.db").exists() and any(row.round >= number for row in _rounds(run)), 180
         )
 
-    def restart_link(self, stack: contextlib.ExitStack) -> None:
+    def restart_link(self) -> None:
         """Start another SuperLink on the same folder, as ``fedllm server`` does when one has died."""
-        self.link = stack.enter_context(open_link(self.folder))
+        self.link = self._links.enter_context(open_link(self.folder))
 
     def close(self) -> None:
         for child in self.devices.values():
@@ -126,10 +149,10 @@ def _rounds(run: Submitted) -> list[Any]:
 
 
 @contextlib.contextmanager
-def federation(folder: Path, nodes: int) -> Iterator[Federation]:
-    bundles = [Bundle.read(path) for path in provision(folder, "localhost", nodes, port=free_port())]
-    with open_link(folder) as link:
-        made = Federation(folder, bundles, link)
+def federation(folder: Path, nodes: int, host: str = "localhost") -> Iterator[Federation]:
+    bundles = [Bundle.read(path) for path in provision(folder, host, nodes, port=free_port())]
+    with contextlib.ExitStack() as links:
+        made = Federation(folder, bundles, links)
         try:
             yield made
         finally:
@@ -153,3 +176,36 @@ def configuration(encoder: Path, texts: Path, **sections: Any) -> RunConfig:
             **sections,
         }
     )
+
+
+def quantised(encoder: Path, texts: Path, name: str, server: dict[str, Any], **more: Any) -> RunConfig:
+    """LoRA with residuals on both sides: a reply that is lost or counted twice changes every later bit."""
+    codec = {"up": "error_feedback(quantize(bits=4))", "down": "quantize(bits=8)"}
+    return configuration(encoder, texts, name=name, codec=codec, server=server, **more)
+
+
+def counted(run: Submitted) -> dict[int, list[int]]:
+    """Who counted in which round."""
+    rounds = StoredRun(run.folder).rounds(after=0)
+    return {record.round: record.details["accepted"] for record in rounds}
+
+
+def outcomes(run: Submitted, node: int) -> dict[int, NodeRound]:
+    return {row.round: row for row in StoredRun(run.folder).nodes(node=node) if row.exchange == "fit"}
+
+
+def ends_right(run: Submitted, summary: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    """Simulate a run in which exactly those replies count that did, and compare the last bit."""
+    accepted = counted(run)
+
+    def fault(message: Message) -> Message:
+        reply = wire.unpack_reply(message.content)
+        node = message.metadata.src_node_id - 1
+        if reply.round > 0 and node not in accepted[reply.round]:
+            message.content = wire.pack_reply(wire.Reply(reply.round, reply.index, error="it did not count"))
+        return message
+
+    simulated = simulate(config, folder / run.folder.name, fault)
+    assert summary["status"] == simulated["status"] == "finished"
+    assert counted(Submitted(0, folder / run.folder.name)) == accepted
+    assert summary["state_sha256"] == simulated["state_sha256"]
