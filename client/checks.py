@@ -120,21 +120,21 @@ def check(
 
 
 def _network(bundle: Bundle) -> Iterator[Finding]:
-    """Server, certificate, clock and key; each needs the one before it."""
+    """Server, certificate, clock and key, as far as each can be tested; the key's file can be in any case."""
     server = _server(bundle)
     yield server
-    key = _load_key(bundle)
-    if server.good:
+    reachable = server.good
+    if reachable:
         certificate = _certificate(bundle)
         yield certificate
-        if certificate.good:
-            clock = _clock(bundle)
-            yield clock
-            if isinstance(key, ec.EllipticCurvePrivateKey):
-                yield _registered(bundle, key)
-                return
+        reachable = certificate.good
+    if reachable:
+        yield _clock(bundle)
+    key = _load_key(bundle)
     if isinstance(key, Finding):
         yield key
+    elif reachable:
+        yield _registered(bundle, key)
 
 
 def _server(bundle: Bundle) -> Finding:

@@ -3,6 +3,7 @@
 access.py    who may enter: users, API tokens, sessions, and a limit on guessing
 gate.py      the one place that lets a request in, or does not
 shelf.py     the folder of runs as the dashboard sees it, read again only where something changed
+totals.py    a run's clients, summed up
 verdict.py   is it running well, who is slow, what did it cost
 launch.py    runs as processes of their own: start, go on, roll back, clone
 desk.py      what a person does, checked and audited; pages and API both act through it

@@ -12,7 +12,8 @@ from server.dashboard import downloads
 from server.dashboard.access import Principal, Role
 from server.dashboard.desk import Desk
 from server.dashboard.federation import FederationNode
-from server.dashboard.shelf import NodeTotal, Overview
+from server.dashboard.shelf import Overview
+from server.dashboard.totals import NodeTotal
 
 __all__ = ["router"]
 

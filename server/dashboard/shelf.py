@@ -15,8 +15,9 @@ from fedllm.errors import FedllmError, StoreError
 from fedllm.run_database import Round
 from fedllm.runs import Run, find
 from server.dashboard.errors import Missing
+from server.dashboard.totals import NodeTotal, node_totals
 
-__all__ = ["NodeTotal", "Overview", "Shelf", "Traffic"]
+__all__ = ["Overview", "Shelf", "Traffic"]
 
 _FILES = (run_database.FILE, f"{run_database.FILE}-wal", "rounds.jsonl", "summary.json")
 Found = TypeVar("Found")
@@ -72,38 +73,6 @@ class Overview:
     def live(self) -> bool:
         """Whether a process works on it."""
         return self.state in ("running", "paused")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeTotal:
-    """One client over a whole run; seconds are means over its accepted answers.
-
-    Attributes:
-        node: its number in the federation.
-        state: ``ok``, ``failing`` (its last answer did not count) or ``quarantined``.
-        last_round: when it was last asked; -1 for never.
-        last_seen_at: Unix time of the end of the last round that counted an answer of it.
-        reason: of its last answer that did not count.
-        device: what it told about itself when it joined.
-    """
-
-    node: int
-    state: str = "ok"
-    last_round: int = -1
-    last_seen_at: float | None = None
-    accepted: int = 0
-    late: int = 0
-    failed: int = 0
-    rejected: int = 0
-    examples: int = 0
-    loss: float | None = None
-    compute_seconds: float | None = None
-    transfer_seconds: float | None = None
-    peak_rss_bytes: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    reason: str = ""
-    device: dict[str, Any] = field(default_factory=dict)
 
 
 class Traffic(NamedTuple):
@@ -167,7 +136,7 @@ class Shelf:
 
     def nodes(self, name: str) -> list[NodeTotal]:
         """Return the clients of a run, over all its rounds."""
-        return self._keep("nodes", self.folder(name), _nodes)
+        return self._keep("nodes", self.folder(name), node_totals)
 
     def _kept_overview(self, folder: Path) -> Overview:
         return self._keep("overview", folder, _overview)
@@ -267,84 +236,9 @@ def _state(folder: Path, status: str, phase: dict[str, Any]) -> str:
     return "paused" if phase.get("name") == "paused" else "running"
 
 
-_TOTALS = """
-SELECT node, MAX(round) AS last_round,
-       SUM(status = 'accepted') AS accepted, SUM(status = 'late') AS late, SUM(status = 'failed') AS failed,
-       SUM(status = 'rejected') AS rejected, MAX(examples) AS examples, MAX(peak_rss_bytes) AS peak_rss_bytes,
-       AVG(CASE WHEN status = 'accepted' THEN compute_seconds END) AS compute_seconds,
-       AVG(CASE WHEN status = 'accepted' THEN transfer_seconds END) AS transfer_seconds,
-       MAX(CASE WHEN status = 'accepted' THEN round END) AS last_accepted
-FROM node_rounds GROUP BY node
-"""
-# SQLite's bare columns: of the row that has the maximum.
-_LAST = "SELECT node, status, MAX(rowid) FROM node_rounds WHERE status != 'unused' GROUP BY node"
-_LAST_LOSS = "SELECT node, loss, MAX(rowid) FROM node_rounds WHERE loss IS NOT NULL GROUP BY node"
-_LAST_REASON = """
-SELECT node, reason, MAX(rowid) FROM node_rounds WHERE status IN ('late', 'failed', 'rejected') GROUP BY node
-"""
-_BYTES = "SELECT node, direction, SUM(bytes) AS bytes FROM ledger GROUP BY node, direction"
-_TOLD = "SELECT kind, fields FROM events WHERE kind IN ('joined', 'quarantine', 'release') ORDER BY id"
-
-
-def _nodes(folder: Path) -> list[NodeTotal]:
-    with disk_errors(folder), run_database.connect(folder) as connection:
-
-        def rows(query: str) -> list[Any]:
-            return connection.execute(query).fetchall()
-
-        totals = {row["node"]: dict(row) for row in rows(_TOTALS)}
-        last = {row["node"]: row["status"] for row in rows(_LAST)}
-        losses = {row["node"]: row["loss"] for row in rows(_LAST_LOSS)}
-        reasons = {row["node"]: row["reason"] or "" for row in rows(_LAST_REASON)}
-        moved = {(row["node"], row["direction"]): row["bytes"] for row in rows(_BYTES)}
-        told = [(row["kind"], json.loads(row["fields"])) for row in rows(_TOLD)]
-        ends = {row["round"]: row["finished_at"] for row in rows("SELECT round, finished_at FROM rounds")}
-    devices, quarantined = _devices(told)
-    found = []
-    for node in sorted({*totals, *devices, *(node for node, _ in moved)} - {-1}):
-        total = totals.get(node, {})
-        total.pop("node", None)
-        seen = ends.get(total.pop("last_accepted", None))
-        state = "quarantined" if node in quarantined else "ok"
-        if state == "ok" and last.get(node, "accepted") != "accepted":
-            state = "failing"
-        found.append(
-            NodeTotal(
-                node=node,
-                state=state,
-                last_seen_at=seen,
-                loss=losses.get(node),
-                bytes_up=moved.get((node, "up"), 0),
-                bytes_down=moved.get((node, "down"), 0),
-                reason=reasons.get(node, ""),
-                device=devices.get(node, {}),
-                **total,
-            )
-        )
-    return found
-
-
 def _traffic(folder: Path) -> list[Traffic]:
     found: dict[int, dict[str, int]] = {}
     for row in Run(folder).traffic(("round", "direction")):
         sums = found.setdefault(row["round"], dict.fromkeys(("up", "down", "dense_up", "dense_down"), 0))
         sums[row["direction"]], sums[f"dense_{row['direction']}"] = row["bytes"], row["dense"]
     return [Traffic(number, **sums) for number, sums in found.items()]
-
-
-def _devices(told: list[tuple[str, dict[str, Any]]]) -> tuple[dict[int, dict[str, Any]], set[int]]:
-    """Return what clients told about themselves when they last joined, and who is set aside."""
-    devices: dict[int, dict[str, Any]] = {}
-    quarantined: set[int] = set()
-    for kind, fields in told:
-        node = fields.get("node")
-        if not isinstance(node, int):
-            continue
-        if kind == "joined":
-            device = fields.get("device")
-            devices[node] = device if isinstance(device, dict) else {}
-        elif kind == "quarantine":
-            quarantined.add(node)
-        else:
-            quarantined.discard(node)
-    return devices, quarantined

@@ -8,7 +8,8 @@ from statistics import median
 from typing import NamedTuple
 
 from fedllm.wording import human_bytes, human_seconds, number, times
-from server.dashboard.shelf import NodeTotal, Overview
+from server.dashboard.shelf import Overview
+from server.dashboard.totals import NodeTotal
 
 __all__ = ["Verdict", "cost", "health", "phase_sentence", "slow"]
 

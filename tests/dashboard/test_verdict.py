@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.dashboard.shelf import NodeTotal, Overview
+from server.dashboard.shelf import Overview
+from server.dashboard.totals import NodeTotal
 from server.dashboard.verdict import cost, health, phase_sentence, slow
 
 

@@ -35,10 +35,11 @@ def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def supernode(bundle: Bundle, folder: Path) -> Child:
+def supernode(bundle: Bundle, folder: Path, *, insecure: bool = False) -> Child:
     """Start a bare SuperNode, without a worker beside it."""
     command = [sys.executable, "-m", "client.supernode", "--superlink", bundle.server]
-    command += ["--root-certificates", str(bundle.authority), "--auth-supernode-private-key", str(bundle.key)]
+    keys = ["--root-certificates", str(bundle.authority), "--auth-supernode-private-key", str(bundle.key)]
+    command += ["--insecure"] if insecure else keys
     command += ["--node-config", f"partition-id={bundle.node}", "--port", str(free_port())]
     environment = {
         "FLWR_HOME": str(folder / f"home-{bundle.node}"),

@@ -22,7 +22,7 @@ from fedllm.runs import NodeRound
 from fedllm.runs import Run as StoredRun
 from server.link import Link, open_link
 from server.provision import provision
-from server.submit import Submitted, follow, submit
+from server.submit import Submitted, follow, numbers, submit
 from tests.deployment.answers import BEHAVIOUR, WORKING
 from tests.deployment.conftest import free_port, until
 from tests.deployment.unlucky import LOST, start_device
@@ -121,6 +121,11 @@ class Federation:
     def submit(self, config: RunConfig) -> Submitted:
         return submit(self.folder, self.link.control, config)
 
+    def stop_runs(self) -> None:
+        """End what a test that failed has left under way."""
+        for number in (number for sessions in numbers(self.folder).values() for number in sessions):
+            self.link.control.stop(number)
+
     def finish(self, run: Submitted) -> dict[str, Any]:
         """Wait for a run's end; return its summary."""
         follow(self.link.control, run)
@@ -130,7 +135,7 @@ class Federation:
     def await_round(self, run: Submitted, number: int) -> None:
         """Wait until a round is committed."""
         until(
-            lambda: (run.folder / "run.db").exists() and any(row.round >= number for row in _rounds(run)), 180
+            lambda: (run.folder / "run.db").exists() and any(row.round >= number for row in _rounds(run)), 600
         )
 
     def restart_link(self) -> None:

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse
 from client.checks import Bundle, check
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.processes import Child, open_log
+from server.control import read_public_key
 from server.link import connect, enrol, open_link
 from server.provision import add_node, provision, read, revoke
 from server.superlink import OnlyNodesFromOutside
@@ -68,6 +69,9 @@ def test_a_stranger_is_refused_and_a_revoked_node_is_dropped(keys: Keys, tmp_pat
         finally:
             refused.stop()
         assert "activat" in (tmp_path / "node-1.log").read_text().lower()
+        # The server's log names whom it refused.
+        key = read_public_key(tmp_path / "other/nodes/node-1.pub").decode().splitlines()[1]
+        assert key in (folder / "superlink/superlink.log").read_text()
         assert key_of(stranger, tmp_path)[0] is False
         assert [node.name for node in link.control.nodes()] == ["node-0"]
         with supernodes(bundles, tmp_path) as (member,):
@@ -81,6 +85,20 @@ def test_a_stranger_is_refused_and_a_revoked_node_is_dropped(keys: Keys, tmp_pat
         assert enrol(read(folder), link.control) == []
         with supernodes([newcomer], tmp_path):
             assert idle_run(link.control, 1).outcome == "completed"
+
+
+def test_without_keys_anybody_may_join_and_commands_know_it(keys: Keys, tmp_path: Path) -> None:
+    folder, bundles = keys(1)
+    with open_link(folder, insecure=True) as link:
+        node = supernode(bundles[0], tmp_path, insecure=True)
+        try:
+            with connect(folder) as control:
+                assert idle_run(control, 1).outcome == "completed"
+        finally:
+            node.stop()
+        assert link.control.ready()
+    with open_link(folder), connect(folder) as control:
+        assert control.ready()
 
 
 async def _anything(scope: object, receive: object, send: object) -> None:

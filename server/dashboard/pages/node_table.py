@@ -12,7 +12,7 @@ from server.dashboard.access import Principal
 from server.dashboard.desk import Desk
 from server.dashboard.pages.layout import act
 from server.dashboard.pages.table import Table, column
-from server.dashboard.shelf import NodeTotal
+from server.dashboard.totals import NodeTotal
 
 __all__ = ["NodeTable"]
 
