@@ -25,7 +25,7 @@ from fedllm.data import Tokens
 from fedllm.forward import settled
 from fedllm.models import Model
 
-__all__ = ["ActivationCache", "Activations", "Stack", "stack_of"]
+__all__ = ["ActivationCache", "Activations", "Shortcut", "Stack", "stack_of"]
 
 _TEXTS_AT_ONCE = 32
 
@@ -105,6 +105,40 @@ class Activations:
         return torch.from_numpy(out)
 
 
+@dataclass(frozen=True)
+class Shortcut:
+    """A client's texts, ready to enter the model above its frozen layers where there are any.
+
+    Attributes:
+        stack: the model's layers.
+        entry: what leaves the frozen ones, or ``None`` where nothing may be cached.
+        computed: texts that had to be run through the frozen layers for it.
+    """
+
+    stack: Stack
+    entry: Activations | None
+    computed: int
+
+    @contextmanager
+    def resumed(self, indices: npt.NDArray[np.int64]) -> Iterator[None]:
+        """Let the model see the cached states of these texts, which must be the next batch."""
+        if self.entry is None:
+            yield
+            return
+        first = next(self.stack.layers[0].parameters())
+        with self.stack.resumed(self.entry.batch(indices).to(first.device, first.dtype)):
+            yield
+
+    def passes(self, batches: float, batch_size: int) -> float:
+        """Passes through the whole model that ``batches`` cost, with what was computed for the cache.
+
+        >>> Shortcut(Stack((nn.Identity(),) * 4, 3), None, computed=40).passes(10, batch_size=8)
+        6.25
+        """
+        share = self.stack.share
+        return batches * share + self.computed / batch_size * (1.0 - share)
+
+
 @dataclass
 class ActivationCache:
     """Activations by content: the frozen weights, the texts and the number of layers name an entry.
@@ -119,6 +153,13 @@ class ActivationCache:
     _held: int = 0
     _folder: Path | None = None
     _weights: tuple[tuple[Any, ...], str] = ((), "")
+
+    def open(self, model: Model, tokens: Tokens, *, use: bool = True) -> Shortcut:
+        """Return the shortcut for a client's texts; without ``use``, one that spares nothing."""
+        stack = stack_of(model.module)
+        if not use or not stack.frozen:
+            return Shortcut(Stack(stack.layers, 0), None, 0)
+        return Shortcut(stack, *self.get(model, stack, tokens))
 
     def get(self, model: Model, stack: Stack, tokens: Tokens) -> tuple[Activations, int]:
         """Return the activations below the first trained layer, and how many texts had to be computed.

@@ -16,7 +16,7 @@ from fedllm.directions import Direction, Kind, combine
 from fedllm.errors import WireError
 from fedllm.forward import Slopes
 
-__all__ = ["Cohort", "gradient", "halves", "pack_cohort", "signal_to_noise", "unpack_cohort"]
+__all__ = ["Cohort", "gradient", "halves", "pack_cohort", "unpack_cohort"]
 
 _HEAD = struct.Struct("<IIB")
 _CLIENT = struct.Struct("<IIH")
@@ -126,17 +126,3 @@ def _mean(
             share = cohort.examples[node] / (total * len(indices))
             terms[Direction(seed, cohort.round, node, index)] = float(cohort.slopes[node][index]) * share
     return combine(terms, entries, kind)
-
-
-def signal_to_noise(a: Flat, b: Flat) -> float:
-    """Return <a, b> / (||a - b||^2 / 4): squared length of the common part over the mean's error.
-
-    For independent halves a and b with the same mean g, <a, b> estimates ||g||^2 and ||a - b||^2 / 4 the
-    variance of (a + b) / 2. The ratio has no units: scaling the loss leaves it alone, unlike the paper's
-    rule.
-
-    >>> signal_to_noise(np.array([3.0, 1.0]), np.array([3.0, -1.0]))
-    8.0
-    """
-    noise = float(((a - b) ** 2).sum()) / 4.0
-    return float(a @ b) / noise if noise > 0 else float("inf")

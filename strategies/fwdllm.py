@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -23,15 +23,16 @@ from pydantic import Field
 
 from fedllm import models
 from fedllm.accumulator import WeightedSum
-from fedllm.activation_cache import ActivationCache, Stack, stack_of
+from fedllm.activation_cache import ActivationCache, stack_of
 from fedllm.config import RunConfig, Section
-from fedllm.data import Batch
 from fedllm.directions import Direction, Kind
 from fedllm.errors import ConfigError, RunFailed, WireError
-from fedllm.forward import Estimator, Slopes, batch_loss, expected_cosine, passes, settled, slopes
+from fedllm.flat import entries, flatten, norm, shaped
+from fedllm.forward import Slopes, batch_loss, expected_cosine, passes, settled, slopes
 from fedllm.models import Model
+from fedllm.pacing import Gate, Rule, stretch
 from fedllm.randomness import stream
-from fedllm.scalars import Cohort, gradient, halves, pack_cohort, signal_to_noise, unpack_cohort
+from fedllm.scalars import Cohort, gradient, halves, pack_cohort, unpack_cohort
 from fedllm.tensors import Spec, Tensors, TensorSpec, dense_bytes, spec_of
 from fedllm.warm_start import Start, head, statistics, statistics_spec
 from strategies.base import Answer, Commit, Exchange, Method, Passes, Replay, Reply, State, Work
@@ -69,7 +70,7 @@ class Options(Section):
     """Share of the norm (``trust``) or factor of the gradient (``mean``) at the first round."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls to the last round."""
-    pacing: Literal["fixed", "ratio", "variance"] = "fixed"
+    pacing: Rule = "fixed"
     """When a round has enough directions: after one exchange, by signal to noise, or by the paper's rule."""
     threshold: float = Field(0.1, gt=0.0)
     """Least signal-to-noise ratio (``ratio``), or largest variance of ``pacing_tensor`` (``variance``)."""
@@ -95,7 +96,7 @@ class Round:
     cohort: Cohort
     dense: WeightedSum | None = None
     statistics: WeightedSum | None = None
-    ratios: list[float] = field(default_factory=list)
+    measured: float | None = None
 
 
 class FwdLLM(Method):
@@ -108,6 +109,7 @@ class FwdLLM(Method):
         self.config = config
         self.options = Options.model_validate(config.options)
         _check(config, self.options)
+        self.gate = Gate(self.options.pacing, self.options.threshold, self.options.max_exchanges)
         self.cache = ActivationCache(self.options.cache_bytes)
 
     @property
@@ -120,14 +122,14 @@ class FwdLLM(Method):
         model = models.load(self.config, labels)
         options, count = self.options, sum(p.numel() for p in model.trainable().values())
         cosine = expected_cosine(options.directions * self.config.cohort, count)
-        stack = self._stack(model)
+        stack = stack_of(model.module)
         logger.info(
             "%d trained parameters, %d directions a round: expected cosine to the gradient %.3f; "
             "the hidden states of %d of %d layers are cached",
             count,
             options.directions * self.config.cohort,
             cosine,
-            stack.frozen,
+            stack.frozen if options.cache else 0,
             len(stack.layers),
         )
         if cosine < _HOPELESS:
@@ -175,28 +177,14 @@ class FwdLLM(Method):
         if not acc.cohort.slopes:
             return Exchange("fit")
         asked = max(len(found) for found in acc.cohort.slopes.values()) // self.options.directions
-        return Commit() if asked >= self._cap or self._settled(state, acc) else Exchange("fit")
-
-    @property
-    def _cap(self) -> int:
-        return 1 if self.options.pacing == "fixed" else self.options.max_exchanges
+        done = self.gate.exhausted(asked) or self._settled(state, acc)
+        return Commit() if done else Exchange("fit")
 
     def _settled(self, state: State, acc: Round) -> bool:
         """Whether the two halves of what came in agree well enough."""
-        entries = sum(t.numel() for t in state.tensors.values())
-        a, b = halves(acc.cohort, self.config.seed, entries, self.kind)
-        if self.options.pacing == "ratio":
-            acc.ratios.append(signal_to_noise(a, b))
-            return acc.ratios[-1] >= self.options.threshold
-        name = self.options.pacing_tensor or max(state.tensors)
-        if name not in state.tensors:
-            raise ConfigError(f"fwdllm.pacing_tensor = {name!r} is no trained tensor")
-        start = sum(t.numel() for other, t in state.tensors.items() if other < name)
-        part = slice(start, start + state.tensors[name].numel())
-        # The paper's released rule: half the mean square by which the halves' means differ, in the units
-        # of one tensor's gradient.
-        acc.ratios.append(float(((a[part] - b[part]) ** 2).mean()) / 2.0)
-        return acc.ratios[-1] <= self.options.threshold
+        a, b = halves(acc.cohort, self.config.seed, entries(state.tensors), self.kind)
+        acc.measured = self.gate.measure(a, b, stretch(state.tensors, self.options.pacing_tensor))
+        return self.gate.passes(acc.measured)
 
     def run(self, work: Work) -> Answer:
         """Client: measure slopes on one batch; asked again in a round, on the same batch further on."""
@@ -213,69 +201,51 @@ class FwdLLM(Method):
             answer: Tensors = {"slopes": torch.from_numpy(found_slopes)}
         else:
             alone = Cohort(work.round, {work.node: found_slopes}, {work.node: 1})
-            flat = gradient(alone, self.config.seed, _entries(work.tensors), self.kind)
-            answer = _shaped(flat, work.tensors)
+            flat = gradient(alone, self.config.seed, entries(work.tensors), self.kind)
+            answer = shaped(flat, work.tensors)
         # For Rademacher directions E c^2 = ||grad f||^2: the slopes measure the gradient's norm for free.
         return Answer(answer, len(work.train), {"gradient_norm": rms}, passes=Passes(cost))
-
-    @property
-    def _batch_size(self) -> int:
-        return self.config.training.batch_size
 
     def _start(self, work: Work) -> Answer:
         """Sum features for the closed-form head."""
         model, network, labels = work.model, work.model.module, work.train.labels
         assert labels is not None
-        stack, share = self._stack(model), 1.0
-        if stack.frozen:
-            entry, computed = self.cache.get(model, stack, work.train)
-            share = stack.share + (1.0 - stack.share) * computed / len(work.train)
+        shortcut = self.cache.open(model, work.train, use=self.options.cache)
 
         def features(indices: np.ndarray) -> torch.Tensor:
             batch = work.train.batch(indices)
-            ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
-            if not stack.frozen:
-                return network.features(ids, mask)
-            with stack.resumed(entry.batch(indices).to(model.device, _dtype(stack))):
-                return network.features(ids, mask)
+            with shortcut.resumed(indices):
+                return network.features(
+                    batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+                )
 
         with settled(network):
             found = statistics(features, labels, self._statistics_spec(work.tensors))
-        batches = len(work.train) / self._batch_size
-        return Answer(found, len(work.train), {}, passes=Passes(batches * share))
+        cost = shortcut.passes(len(work.train) / self._batch_size, self._batch_size)
+        return Answer(found, len(work.train), {}, passes=Passes(cost))
+
+    @property
+    def _batch_size(self) -> int:
+        return self.config.training.batch_size
 
     def _probe(self, work: Work, names: list[Direction]) -> tuple[Slopes, float]:
         """Measure the slopes along ``names``; also return the cost in passes through the whole model."""
+        options, model = self.options, work.model
         order = stream(self.config.seed, "batches", work.round, work.node).permutation(len(work.train))
         indices = order[: self._batch_size]
-        batch, stack = work.train.batch(indices), self._stack(work.model)
-        count = passes(len(names), self.options.estimator, self.options.parallel)
-        if not stack.frozen:
-            with settled(work.model.module):
-                return self._slopes(work.model, batch, names), float(count)
-        entry, computed = self.cache.get(work.model, stack, work.train)
-        hidden = entry.batch(indices).to(work.model.device, _dtype(stack))
-        with settled(work.model.module), stack.resumed(hidden):
-            found = self._slopes(work.model, batch, names)
-        return found, count * stack.share + computed / self._batch_size * (1.0 - stack.share)
-
-    def _stack(self, model: Model) -> Stack:
-        stack = stack_of(model.module)
-        return stack if self.options.cache else Stack(stack.layers, 0)
-
-    def _slopes(self, model: Model, batch: Batch, names: list[Direction]) -> Slopes:
-        options = self.options
-        estimator: Estimator = options.estimator
-        tensors: Tensors = {name: p.detach() for name, p in model.trainable().items()}
-        return slopes(
-            estimator,
-            batch_loss(model, batch),
-            tensors,
-            names,
-            kind=self.kind,
-            radius=options.radius,
-            parallel=options.parallel,
-        )
+        shortcut = self.cache.open(model, work.train, use=options.cache)
+        with settled(model.module), shortcut.resumed(indices):
+            found = slopes(
+                options.estimator,
+                batch_loss(model, work.train.batch(indices)),
+                {name: p.detach() for name, p in model.trainable().items()},
+                names,
+                kind=self.kind,
+                radius=options.radius,
+                parallel=options.parallel,
+            )
+        count = passes(len(names), options.estimator, options.parallel)
+        return found, shortcut.passes(count, self._batch_size)
 
     def fold(self, acc: Round, kind: str, reply: Reply) -> Round:
         """Server: note a client's slopes under its number."""
@@ -298,15 +268,13 @@ class FwdLLM(Method):
             return Replay(_HEAD + values), state.memory
         record = _SLOPES + pack_cohort(acc.cohort)
         if acc.dense is not None:
-            mean = acc.dense.mean()
-            flat = np.concatenate([mean[name].double().reshape(-1).numpy() for name in sorted(mean)])
-            after = self._stepped(state.tensors, flat, acc.number)
+            after = self._stepped(state.tensors, flatten(acc.dense.mean()), acc.number)
         else:
             after = self.replay(state.tensors, record)
         memory = self._watch(state, after)
         memory["report/directions"] = torch.tensor(float(acc.cohort.directions))
-        if acc.ratios:
-            memory[f"report/{self.options.pacing}"] = torch.tensor(acc.ratios[-1])
+        if acc.measured is not None:
+            memory[f"report/{self.options.pacing}"] = torch.tensor(acc.measured)
         plain = self.config.server.optimizer == "sgd" and self.config.server.learning_rate == 1.0
         return (Replay(record) if plain and acc.dense is None else after), memory
 
@@ -318,17 +286,17 @@ class FwdLLM(Method):
         if tag != _SLOPES:
             raise WireError(f"unknown kind of replay record {tag!r}")
         cohort = unpack_cohort(body)
-        flat = gradient(cohort, self.config.seed, _entries(tensors), self.kind)
+        flat = gradient(cohort, self.config.seed, entries(tensors), self.kind)
         return self._stepped(tensors, flat, cohort.round)
 
     def _stepped(self, tensors: Tensors, flat: np.ndarray, round: int) -> Tensors:
         """Take the step in float64 with sums that no machine rounds differently."""
         rate = self.options.learning_rate * _decay(self.options.schedule, (round - 1) / self.config.rounds)
-        weights = np.concatenate([tensors[n].double().reshape(-1).numpy() for n in sorted(tensors)])
+        weights = flatten(tensors)
         if self.options.step == "trust":
-            length = _norm(flat)
-            rate = rate * _norm(weights) / length if length else 0.0
-        return _shaped(weights - rate * flat, tensors)
+            length = norm(flat)
+            rate = rate * norm(weights) / length if length else 0.0
+        return shaped(weights - rate * flat, tensors)
 
     def _watch(self, state: State, after: Tensors) -> Tensors:
         """Remember the norm of the start; stop once the weights have grown out of proportion."""
@@ -381,28 +349,8 @@ def _decay(schedule: str, progress: float) -> float:
     return 1.0 - progress if schedule == "linear" else 1.0
 
 
-def _entries(tensors: Tensors) -> int:
-    return sum(t.numel() for t in tensors.values())
-
-
-def _norm(flat: np.ndarray) -> float:
-    """Return the L2 norm; the sum is exactly rounded, so that every machine gets the same."""
-    return math.sqrt(math.fsum((flat * flat).tolist()))
-
-
 def _tensors_norm(tensors: Tensors) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
-
-
-def _shaped(flat: np.ndarray, like: Tensors) -> Tensors:
-    """Cut a flat vector in name order into float32 tensors of the given shapes."""
-    out: Tensors = {}
-    start = 0
-    for name in sorted(like):
-        end = start + like[name].numel()
-        out[name] = torch.from_numpy(flat[start:end].astype(np.float32)).reshape(like[name].shape)
-        start = end
-    return out
 
 
 def _with_head(tensors: Tensors, values: bytes) -> Tensors:
@@ -415,7 +363,3 @@ def _with_head(tensors: Tensors, values: bytes) -> Tensors:
     flat = torch.from_numpy(np.frombuffer(values, dtype="<f4").astype(np.float32))
     weight, bias = torch.split(flat, [shapes[0].numel(), shapes[1].numel()])
     return {**tensors, _WEIGHT: weight.reshape(shapes[0]), _BIAS: bias.reshape(shapes[1])}
-
-
-def _dtype(stack: Stack) -> torch.dtype:
-    return next(stack.layers[0].parameters()).dtype

@@ -24,6 +24,7 @@ from fedllm.accumulator import WeightedSum
 from fedllm.config import RunConfig, Section
 from fedllm.directions import Direction, add_scaled, combine
 from fedllm.errors import ConfigError, WireError
+from fedllm.flat import entries, flatten, shaped
 from fedllm.forward import antithetic, batch_loss, settled
 from fedllm.models import Model
 from fedllm.randomness import stream
@@ -127,24 +128,18 @@ class MeZO(Method):
     def replay(self, tensors: Tensors, record: bytes) -> Tensors:
         """Both sides: take the clients' mean walk."""
         tag, body = record[:1], record[1:]
-        entries = sum(t.numel() for t in tensors.values())
         if tag == _OWN and not self.options.candidates:
             cohort = unpack_cohort(body)
             rate = self._rate(cohort.round) * self.config.training.local_steps
-            flat = gradient(cohort, self.config.seed, entries)
+            flat = gradient(cohort, self.config.seed, entries(tensors))
         elif tag == _SHARED and len(body) == 4 + 4 * self.options.candidates:
             rate = self._rate(int.from_bytes(body[:4], "little"))
             sums = np.frombuffer(body[4:], dtype="<f4")
             walked = {self._direction(0, 0, int(j)): float(sums[j]) for j in np.flatnonzero(sums)}
-            flat = combine(walked, entries)
+            flat = combine(walked, entries(tensors))
         else:
             raise WireError(f"a record of {len(record)} bytes is no step of mezo with these options")
-        after, start = {}, 0
-        for name in sorted(tensors):
-            part = torch.from_numpy(flat[start : start + tensors[name].numel()])
-            after[name] = (tensors[name].double() - rate * part.reshape(tensors[name].shape)).float()
-            start += tensors[name].numel()
-        return after
+        return shaped(flatten(tensors) - rate * flat, tensors)
 
     def _rate(self, round: int) -> float:
         # Rounded to float32, where the last bit of libm's cosine no longer shows.
