@@ -1,4 +1,4 @@
-"""From ``[tuning]`` to a peft configuration: method by name, rank, targets, peft's own options."""
+"""From ``[tuning]`` to an adapter: peft's methods by name, rank, targets and options, and two of our own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from fedllm import small_adapters
 from fedllm.config import RunConfig
 from fedllm.errors import ModelError
 
@@ -32,11 +33,11 @@ _UNSUITED = {"MULTITASK_PROMPT_TUNING", "POLY", "XLORA"}
 def method_names() -> list[str]:
     """Return every accepted ``tuning.peft`` apart from ``full``.
 
-    >>> {"lora", "dora", "vera", "ia3", "adalora", "prompt", "prefix", "p-tuning"} <= set(method_names())
+    >>> {"lora", "dora", "vera", "ia3", "adalora", "prompt", "bitfit", "bottleneck"} <= set(method_names())
     True
     """
-    own = [kind.lower().replace("_", "-") for kind in _kinds()]
-    return sorted({*own, *_ALIASES, *_SWITCHES})
+    of_peft = [kind.lower().replace("_", "-") for kind in _kinds()]
+    return sorted({*of_peft, *_ALIASES, *_SWITCHES, *small_adapters.NAMES})
 
 
 def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) -> Any:
@@ -52,6 +53,8 @@ def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) 
         ModelError: unknown method (names the nearest), unknown option, unknown target (lists the model's
             own), or a method that does not work for this model.
     """
+    if _plain(config.tuning.peft) in small_adapters.NAMES:
+        return _attach_small(model, config, heads)
     settings = _settings(model, config, task, heads)
     try:
         with warnings.catch_warnings():
@@ -80,6 +83,19 @@ def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) 
         warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     if model.dtype != torch.float32:
         _cast_at_borders(adapted, model.dtype, {"classifier", "score", *heads})
+    return adapted
+
+
+def _attach_small(model: Any, config: RunConfig, heads: Sequence[str]) -> Any:
+    tuning = config.tuning
+    if tuning.options:
+        raise ModelError(f"tuning.options.{min(tuning.options)} is unknown to {tuning.peft}, which has none")
+    if tuning.targets:
+        _targets(model, tuning.targets)
+    adapted = small_adapters.attach(model, _plain(tuning.peft), tuning.rank, tuning.targets, heads)
+    if model.dtype != torch.float32:
+        for head in heads:
+            model.get_submodule(head).register_forward_pre_hook(_widen)
     return adapted
 
 

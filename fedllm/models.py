@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fedllm import small_adapters
 from fedllm.bundled import MODELS, model_source
 from fedllm.config import RunConfig
 from fedllm.data import Batch, Tokens
@@ -159,16 +160,19 @@ def evaluate(model: Model, tokens: Tokens, batch_size: int) -> dict[str, float]:
 def save(model: Model, folder: Path) -> Path:
     """Write the result under ``folder`` and return where: ``adapter/``, or ``model/`` for a full model.
 
-    ``adapter/`` loads with ``peft.PeftModel.from_pretrained(base, folder / "adapter")``, ``model/`` with
-    transformers' ``from_pretrained``. A linear head of ours stands beside either as ``head.safetensors``;
-    ``fedllm.json`` says how to pool for it.
+    ``adapter/`` loads with ``peft.PeftModel.from_pretrained(base, folder / "adapter")``, or with
+    :func:`fedllm.small_adapters.load` where it is one of ours; ``model/`` with transformers'
+    ``from_pretrained``. A linear head of ours stands beside either as ``head.safetensors``; ``fedllm.json``
+    says how to pool for it.
     """
     backbone: Any = model.module.backbone
     adapter = model.config.tuning.peft != "full"
     place = Path(folder) / ("adapter" if adapter else "model")
     place.mkdir(parents=True, exist_ok=True)
     with _quiet():
-        if adapter:
+        if hasattr(backbone, "small_adapter"):
+            small_adapters.save(backbone, place)
+        elif adapter:
             backbone.save_pretrained(str(place), save_embedding_layers=False)
         else:
             backbone.save_pretrained(place)
