@@ -15,9 +15,10 @@ import torch
 
 from fedllm.tensors import Tensors
 
-__all__ = ["entries", "flatten", "norm", "shaped"]
+__all__ = ["Flat", "entries", "flatten", "norm", "shaped"]
 
 Flat = npt.NDArray[np.float64]
+"""Shape (entries,)."""
 
 
 def entries(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedllm.errors import ConfigError
+from fedllm.flat import Flat
 
 __all__ = ["Gate", "Rule", "half_variance", "signal_to_noise", "stretch"]
 
-Flat = npt.NDArray[np.float64]
 Rule = Literal["fixed", "ratio", "variance"]
 
 
@@ -61,6 +59,7 @@ def signal_to_noise(a: Flat, b: Flat) -> float:
     variance of (a + b) / 2. The ratio has no units: scaling the loss leaves it alone, unlike
     :func:`half_variance`.
 
+    >>> import numpy as np
     >>> signal_to_noise(np.array([3.0, 1.0]), np.array([3.0, -1.0]))
     8.0
     """
@@ -73,6 +72,7 @@ def half_variance(a: Flat, b: Flat) -> float:
 
     It carries the units of the gradient squared, so that a threshold's meaning drifts while training goes on.
 
+    >>> import numpy as np
     >>> half_variance(np.array([1.0, 0.0]), np.array([-1.0, 0.0]))
     1.0
     """

@@ -1,6 +1,7 @@
 """A cohort's slopes: all that a forward-only round sends, and enough to rebuild its gradient.
 
-A record of m clients with P slopes each takes 9 + m (10 + 4 P) bytes, whatever the size of the model.
+A record of m clients with P slopes each takes 9 + m (10 + 4 P) bytes, whatever the size of the model, and
+two more bytes per slope where directions were chosen among candidates.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import numpy.typing as npt
 
 from fedllm.directions import Direction, Kind, combine
 from fedllm.errors import WireError
+from fedllm.flat import Flat
 from fedllm.forward import Slopes
 
 __all__ = ["Cohort", "gradient", "halves", "pack_cohort", "unpack_cohort"]
 
 _HEAD = struct.Struct("<IIB")
 _CLIENT = struct.Struct("<IIH")
-_RECORD_VERSION = 1
+_EVERY, _CHOSEN = 1, 2
+"""Kinds of record: directions are numbered as they come, or their numbers stand behind the slopes."""
 
-Flat = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -31,19 +34,28 @@ class Cohort:
 
     Attributes:
         round: from 1.
-        slopes: by node, in the order in which its directions are numbered, shape (P,) each.
+        slopes: by node, shape (P,) each; already weighted where directions were chosen.
         examples: by node: its weight in the mean.
+        indices: by node, the numbers of its directions below 2^16; empty where they are 0, 1, ..., P - 1.
     """
 
     round: int
     slopes: dict[int, Slopes] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)
+    indices: dict[int, Indices] = field(default_factory=dict)
 
-    def extend(self, node: int, slopes: Slopes, examples: int) -> None:
-        """Append a client's further slopes; its directions are numbered on."""
+    def extend(self, node: int, slopes: Slopes, examples: int, indices: Indices | None = None) -> None:
+        """Append a client's further slopes; without ``indices`` its directions are numbered on."""
         before = self.slopes.get(node, np.empty(0, dtype=np.float32))
         self.slopes[node] = np.concatenate([before, slopes.astype(np.float32)])
         self.examples[node] = examples
+        if indices is not None:
+            known = self.indices.get(node, np.empty(0, dtype=np.int64))
+            self.indices[node] = np.concatenate([known, indices.astype(np.int64)])
+
+    def numbers(self, node: int) -> Indices:
+        """Return the numbers of a client's directions, shape (P,)."""
+        return self.indices.get(node, np.arange(len(self.slopes[node])))
 
     @property
     def directions(self) -> int:
@@ -57,26 +69,35 @@ def pack_cohort(cohort: Cohort) -> bytes:
     >>> len(pack_cohort(Cohort(3, {7: np.zeros(10, dtype=np.float32)}, {7: 178})))
     59
     """
-    parts = [_HEAD.pack(cohort.round, len(cohort.slopes), _RECORD_VERSION)]
+    kind = _CHOSEN if cohort.indices else _EVERY
+    parts = [_HEAD.pack(cohort.round, len(cohort.slopes), kind)]
     for node in sorted(cohort.slopes):
         slopes = cohort.slopes[node]
         parts += [_CLIENT.pack(node, cohort.examples[node], len(slopes)), slopes.astype("<f4").tobytes()]
+        if kind == _CHOSEN:
+            parts.append(cohort.numbers(node).astype("<u2").tobytes())
     return b"".join(parts)
 
 
 def unpack_cohort(record: bytes) -> Cohort:
     """Invert :func:`pack_cohort`; raises ``WireError`` unless the record is exactly what its counts say."""
     try:
-        number, clients, version = _HEAD.unpack_from(record)
-        if version != _RECORD_VERSION:
-            raise WireError(f"a record of slopes has version {version}, this program reads {_RECORD_VERSION}")
+        number, clients, kind = _HEAD.unpack_from(record)
+        if kind not in (_EVERY, _CHOSEN):
+            raise WireError(
+                f"a record of slopes is of kind {kind}, this program reads {_EVERY} and {_CHOSEN}"
+            )
         cohort, offset = Cohort(number), _HEAD.size
         for _ in range(clients):
             node, examples, count = _CLIENT.unpack_from(record, offset)
             offset += _CLIENT.size
             slopes = np.frombuffer(record, dtype="<f4", count=count, offset=offset).astype(np.float32)
             offset += 4 * count
-            cohort.extend(node, slopes, examples)
+            indices: Indices | None = None
+            if kind == _CHOSEN:
+                indices = np.frombuffer(record, dtype="<u2", count=count, offset=offset).astype(np.int64)
+                offset += 2 * count
+            cohort.extend(node, slopes, examples, indices)
     except (struct.error, ValueError) as error:
         raise WireError(f"a record of slopes is cut short at {len(record)} bytes") from error
     if offset != len(record) or len(cohort.slopes) != clients:
@@ -122,7 +143,8 @@ def _mean(
     total = sum(cohort.examples[node] for node, indices in chosen.items() if indices)
     terms: dict[Direction, float] = {}
     for node, indices in chosen.items():
+        share, numbers = cohort.examples[node] / (total * max(len(indices), 1)), cohort.numbers(node)
         for index in indices:
-            share = cohort.examples[node] / (total * len(indices))
-            terms[Direction(seed, cohort.round, node, index)] = float(cohort.slopes[node][index]) * share
+            direction = Direction(seed, cohort.round, node, int(numbers[index]))
+            terms[direction] = terms.get(direction, 0.0) + float(cohort.slopes[node][index]) * share
     return combine(terms, entries, kind)

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from fedllm.errors import WireError
 from fedllm.tensors import Spec, Tensors, TensorSpec
 
-__all__ = ["Start", "head", "statistics", "statistics_spec"]
+__all__ = ["Start", "head", "pack_head", "statistics", "statistics_spec", "unpack_head"]
 
 Indices = npt.NDArray[np.int64]
 Start = Literal["none", "means", "cosine", "ridge"]
@@ -100,3 +101,22 @@ def head(start: Start, total: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         if start == "cosine":
             weight = functional.normalize(weight, dim=1)
     return weight.float(), torch.zeros(len(counts))
+
+
+def pack_head(weight: torch.Tensor, bias: torch.Tensor) -> bytes:
+    """Lay a head out: weight by rows, then bias, float32 little-endian."""
+    return torch.cat([weight.reshape(-1), bias]).numpy().astype("<f4").tobytes()
+
+
+def unpack_head(record: bytes, classes: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Invert :func:`pack_head`; raises ``WireError`` for a head of another size.
+
+    >>> weight, bias = torch.ones(2, 3), torch.zeros(2)
+    >>> [t.tolist() for t in unpack_head(pack_head(weight, bias), 2, 3)]
+    [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], [0.0, 0.0]]
+    """
+    if len(record) != 4 * classes * (width + 1):
+        raise WireError(f"a head of {len(record)} bytes does not fit {classes} classes of width {width}")
+    flat = torch.from_numpy(np.frombuffer(record, dtype="<f4").astype(np.float32))
+    weight, bias = torch.split(flat, [classes * width, classes])
+    return weight.reshape(classes, width), bias

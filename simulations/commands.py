@@ -127,9 +127,24 @@ def _simulate(
     from simulations import flower, loopback
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    _say_what_is_logged()
     with trackers.opened(track, folder, config) as opened, watching(folder, console, opened):
         run = flower.simulate if engine == "flower" else loopback.simulate
         run(config, folder, workers or loopback.workers_for(config, threads), threads)
+
+
+def _say_what_is_logged() -> None:
+    """Show what the library has to say about a run, such as what it can hope for, between the rounds."""
+
+    class Say(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(record.getMessage(), highlight=False, markup=False)
+
+    for name in ("fedllm", "strategies"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = [Say()]
 
 
 @contextmanager

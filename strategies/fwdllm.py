@@ -3,6 +3,7 @@
     setup      client k  sends sums of its features by class; the server sets the head in closed form
     round r    client k  draws one batch; for each direction v_i, i = 1..P, drawn from (seed, r, k, i),
                          measures the slope c_i = grad f_k . v_i by forward passes; sends c (4 P bytes)
+                         (candidates > 1: the v_i are chosen among more by the previous round's G)
                server    G = sum_k n_k / n * mean_i c_ki v_ki
                          while G is mostly noise, and the cap not reached: asks the same clients for P more
                both      w <- w - rho(r) ||w|| G / ||G||        (each rebuilds G from the cohort's slopes)
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import logging
 import math
+from base64 import b85decode, b85encode
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -27,25 +30,25 @@ from fedllm.activation_cache import ActivationCache, stack_of
 from fedllm.config import RunConfig, Section
 from fedllm.directions import Direction, Kind
 from fedllm.errors import ConfigError, RunFailed, WireError
-from fedllm.flat import entries, flatten, norm, shaped
-from fedllm.forward import Slopes, batch_loss, expected_cosine, passes, settled, slopes
+from fedllm.flat import Flat, entries, flatten, norm, shaped
+from fedllm.forward import Slopes, batch_loss, passes, settled, slopes
 from fedllm.models import Model
 from fedllm.pacing import Gate, Rule, stretch
+from fedllm.prospects import announce, warn_of_setup
 from fedllm.randomness import stream
 from fedllm.scalars import Cohort, gradient, halves, pack_cohort, unpack_cohort
+from fedllm.selection import Choice, choose
 from fedllm.tensors import Spec, Tensors, TensorSpec, dense_bytes, spec_of
-from fedllm.warm_start import Start, head, statistics, statistics_spec
+from fedllm.warm_start import Start, head, pack_head, statistics, statistics_spec, unpack_head
 from strategies.base import Answer, Commit, Exchange, Method, Passes, Replay, Reply, State, Work
 
 __all__ = ["METHOD", "FwdLLM", "Options"]
 
 logger = logging.getLogger(__name__)
 
-_HOPELESS = 0.02
-"""Expected cosine below which a round's step is as good as random."""
-_LARGE_SETUP = 200_000
-"""Bytes of setup statistics per client from which on a slow link deserves a warning."""
 _HEAD, _SLOPES = b"h", b"s"
+_GUIDE = "guide"
+"""The previous round's record, in the server's memory and among an exchange's arguments."""
 _WEIGHT, _BIAS = "head.weight", "head.bias"
 
 
@@ -56,6 +59,8 @@ class Options(Section):
     """Directions that a client probes per exchange (P)."""
     estimator: Literal["jvp", "antithetic"] = "jvp"
     """``jvp`` is exact and fast, ``antithetic`` needs the memory of plain inference."""
+    candidates: int = Field(1, ge=1, le=100)
+    """Directions drawn per direction probed; above 1 those in line with the previous round are preferred."""
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     """Of a direction's entries."""
     radius: float = Field(1e-2, gt=0.0, lt=1.0)
@@ -94,6 +99,8 @@ class Round:
 
     number: int
     cohort: Cohort
+    entries: int
+    guide: bytes
     dense: WeightedSum | None = None
     statistics: WeightedSum | None = None
     measured: float | None = None
@@ -120,34 +127,14 @@ class FwdLLM(Method):
     def build(self, labels: tuple[str, ...]) -> Model:
         """Load the base model with its adapter, and say what a round can be expected to achieve."""
         model = models.load(self.config, labels)
-        options, count = self.options, sum(p.numel() for p in model.trainable().values())
-        cosine = expected_cosine(options.directions * self.config.cohort, count)
+        announce(model, self.options.directions * self.config.cohort, "fwdllm.directions")
         stack = stack_of(model.module)
-        logger.info(
-            "%d trained parameters, %d directions a round: expected cosine to the gradient %.3f; "
-            "the hidden states of %d of %d layers are cached",
-            count,
-            options.directions * self.config.cohort,
-            cosine,
-            stack.frozen if options.cache else 0,
-            len(stack.layers),
-        )
-        if cosine < _HOPELESS:
-            logger.warning(
-                "an expected cosine of %.4f is hopeless: train fewer than %d parameters (tuning.rank, "
-                "tuning.targets, tuning.peft) or raise fwdllm.directions",
-                cosine,
-                count,
-            )
-        if model.module.head is not None and options.warm_start != "none":
-            size = dense_bytes(self._statistics_spec(model.read()))
-            if size > _LARGE_SETUP:
-                logger.warning(
-                    'fwdllm.warm_start = "%s" makes each client upload %.2f MB once; "means" needs %.3f MB',
-                    options.warm_start,
-                    size / 1e6,
-                    4 * (model.module.head.weight.numel() + len(labels)) / 1e6,
-                )
+        if self.options.cache and stack.frozen:
+            logger.info("hidden states of %d of %d layers are cached", stack.frozen, len(stack.layers))
+        if self.options.warm_start != "none":
+            tensors = model.read()
+            least = dense_bytes(statistics_spec("means", *tensors[_WEIGHT].shape))
+            warn_of_setup(self.options.warm_start, dense_bytes(self._statistics_spec(tensors)), least)
         return model
 
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
@@ -160,7 +147,8 @@ class FwdLLM(Method):
 
     def begin(self, state: State, round: int) -> Round:
         """Start an empty cohort."""
-        acc = Round(round, Cohort(round))
+        guide = state.memory.get(_GUIDE, torch.empty(0, dtype=torch.uint8)).numpy().tobytes()
+        acc = Round(round, Cohort(round), entries(state.tensors), guide)
         if round == 0 and self.options.warm_start != "none":
             acc.statistics = WeightedSum(self._statistics_spec(state.tensors))
         if self.options.upload == "dense":
@@ -174,11 +162,12 @@ class FwdLLM(Method):
             return Exchange("setup") if wanted else Commit()
         if acc.dense is not None:
             return Commit() if acc.dense.count else Exchange("fit")
+        more = Exchange("fit", {_GUIDE: b85encode(acc.guide).decode()} if acc.guide else {})
         if not acc.cohort.slopes:
-            return Exchange("fit")
+            return more
         asked = max(len(found) for found in acc.cohort.slopes.values()) // self.options.directions
         done = self.gate.exhausted(asked) or self._settled(state, acc)
-        return Commit() if done else Exchange("fit")
+        return Commit() if done else more
 
     def _settled(self, state: State, acc: Round) -> bool:
         """Whether the two halves of what came in agree well enough."""
@@ -190,21 +179,30 @@ class FwdLLM(Method):
         """Client: measure slopes on one batch; asked again in a round, on the same batch further on."""
         if work.kind == "setup":
             return self._start(work)
-        options = self.options
-        first = work.index * options.directions
-        names = [
-            Direction(self.config.seed, work.round, work.node, first + i) for i in range(options.directions)
-        ]
-        found_slopes, cost = self._probe(work, names)
-        rms = math.sqrt(float((found_slopes.astype(np.float64) ** 2).mean()))
-        if options.upload == "scalars":
-            answer: Tensors = {"slopes": torch.from_numpy(found_slopes)}
+        choice = self._choose(work.round, work.node, work.index, _guide_of(work), entries(work.tensors))
+        measured, cost = self._probe(work, self._directions(work.round, work.node, choice.indices))
+        rms = math.sqrt(float((choice.weights * measured.astype(np.float64) ** 2).mean()))
+        if self.options.upload == "scalars":
+            answer: Tensors = {"slopes": torch.from_numpy(measured)}
         else:
-            alone = Cohort(work.round, {work.node: found_slopes}, {work.node: 1})
+            alone = Cohort(work.round, {work.node: measured}, {work.node: 1})
             flat = gradient(alone, self.config.seed, entries(work.tensors), self.kind)
             answer = shaped(flat, work.tensors)
         # For Rademacher directions E c^2 = ||grad f||^2: the slopes measure the gradient's norm for free.
         return Answer(answer, len(work.train), {"gradient_norm": rms}, passes=Passes(cost))
+
+    def _choose(self, round: int, node: int, exchange: int, guide: bytes, entries: int) -> Choice:
+        """Both sides: which of a client's directions are probed in this exchange of a round."""
+        count = self.options.directions
+        pool = np.arange(count * self.options.candidates) + exchange * count * self.options.candidates
+        if not guide:
+            return Choice(pool[:count], np.ones(count))
+        flat = _rebuilt(guide, self.config.seed, entries, self.kind)
+        choice = choose(flat, self._directions(round, node, pool), count, self.kind)
+        return Choice(pool[choice.indices], choice.weights)
+
+    def _directions(self, round: int, node: int, indices: np.ndarray) -> list[Direction]:
+        return [Direction(self.config.seed, round, node, int(i)) for i in indices]
 
     def _start(self, work: Work) -> Answer:
         """Sum features for the closed-form head."""
@@ -255,7 +253,11 @@ class FwdLLM(Method):
         elif acc.dense is not None:
             acc.dense.add(reply.tensors, reply.examples)
         else:
-            acc.cohort.extend(reply.node, reply.tensors["slopes"].numpy(), reply.examples)
+            slopes, node = reply.tensors["slopes"].numpy(), reply.node
+            exchange = len(acc.cohort.slopes.get(node, ())) // self.options.directions
+            choice = self._choose(acc.number, node, exchange, acc.guide, acc.entries)
+            numbers = choice.indices if self.options.candidates > 1 else None
+            acc.cohort.extend(node, (slopes * choice.weights).astype(np.float32), reply.examples, numbers)
         return acc
 
     def step(self, state: State, acc: Round) -> tuple[Tensors | Replay, Tensors]:
@@ -263,15 +265,16 @@ class FwdLLM(Method):
         if acc.number == 0:
             if acc.statistics is None or not acc.statistics.count:
                 return state.tensors, state.memory
-            weight, bias = head(self.options.warm_start, acc.statistics.total())
-            values = torch.cat([weight.reshape(-1), bias]).numpy().astype("<f4").tobytes()
-            return Replay(_HEAD + values), state.memory
+            found = head(self.options.warm_start, acc.statistics.total())
+            return Replay(_HEAD + pack_head(*found)), state.memory
         record = _SLOPES + pack_cohort(acc.cohort)
         if acc.dense is not None:
             after = self._stepped(state.tensors, flatten(acc.dense.mean()), acc.number)
         else:
             after = self.replay(state.tensors, record)
         memory = self._watch(state, after)
+        if self.options.candidates > 1:
+            memory[_GUIDE] = torch.frombuffer(bytearray(record[1:]), dtype=torch.uint8)
         memory["report/directions"] = torch.tensor(float(acc.cohort.directions))
         if acc.measured is not None:
             memory[f"report/{self.options.pacing}"] = torch.tensor(acc.measured)
@@ -282,7 +285,8 @@ class FwdLLM(Method):
         """Both sides: rebuild the cohort's gradient from its slopes and take the step."""
         tag, body = record[:1], record[1:]
         if tag == _HEAD:
-            return _with_head(tensors, body)
+            weight, bias = unpack_head(body, *tensors[_WEIGHT].shape)
+            return {**tensors, _WEIGHT: weight, _BIAS: bias}
         if tag != _SLOPES:
             raise WireError(f"unknown kind of replay record {tag!r}")
         cohort = unpack_cohort(body)
@@ -301,8 +305,8 @@ class FwdLLM(Method):
     def _watch(self, state: State, after: Tensors) -> Tensors:
         """Remember the norm of the start; stop once the weights have grown out of proportion."""
         memory = dict(state.memory)
-        start = memory.setdefault("start_norm", torch.tensor(_tensors_norm(state.tensors)))
-        growth = _tensors_norm(after) / max(float(start), 1e-30)
+        start = memory.setdefault("start_norm", torch.tensor(norm(flatten(state.tensors))))
+        growth = norm(flatten(after)) / max(float(start), 1e-30)
         memory["report/growth"] = torch.tensor(growth)
         if not growth <= self.options.max_growth:
             raise RunFailed(
@@ -337,6 +341,16 @@ def _check(config: RunConfig, options: Options) -> None:
         )
     if options.upload == "dense" and options.pacing != "fixed":
         raise ConfigError('fwdllm.upload = "dense" holds one exchange a round: fwdllm.pacing must be "fixed"')
+    if options.upload == "dense" and options.candidates > 1:
+        raise ConfigError(
+            'fwdllm.upload = "dense" does not say which directions were chosen: leave fwdllm.candidates at 1'
+        )
+    exchanges = 1 if options.pacing == "fixed" else options.max_exchanges
+    if options.candidates > 1 and options.candidates * options.directions * exchanges > 65_536:
+        raise ConfigError(
+            f"fwdllm.candidates = {options.candidates} makes more than 65,536 directions a client and round; "
+            "lower it, fwdllm.directions or fwdllm.max_exchanges"
+        )
     if options.pacing != "fixed" and options.directions < 2 and config.cohort < 2:
         raise ConfigError("fwdllm.pacing compares two halves: ask for at least 2 directions or 2 clients")
 
@@ -349,17 +363,14 @@ def _decay(schedule: str, progress: float) -> float:
     return 1.0 - progress if schedule == "linear" else 1.0
 
 
-def _tensors_norm(tensors: Tensors) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+def _guide_of(work: Work) -> bytes:
+    try:
+        return b85decode(str(work.arguments.get(_GUIDE, "")))
+    except ValueError as error:
+        raise WireError("the previous round's slopes cannot be read from the instruction") from error
 
 
-def _with_head(tensors: Tensors, values: bytes) -> Tensors:
-    """Put a closed-form head in place."""
-    shapes = tensors[_WEIGHT].shape, tensors[_BIAS].shape
-    if len(values) != 4 * (shapes[0].numel() + shapes[1].numel()):
-        raise WireError(
-            f"a head of {len(values)} bytes does not fit {tuple(shapes[0])} and {tuple(shapes[1])}"
-        )
-    flat = torch.from_numpy(np.frombuffer(values, dtype="<f4").astype(np.float32))
-    weight, bias = torch.split(flat, [shapes[0].numel(), shapes[1].numel()])
-    return {**tensors, _WEIGHT: weight.reshape(shapes[0]), _BIAS: bias.reshape(shapes[1])}
+@lru_cache(maxsize=2)
+def _rebuilt(record: bytes, seed: int, entries: int, kind: Kind) -> Flat:
+    """Return a round's gradient; clients of one process ask for the same one."""
+    return gradient(unpack_cohort(record), seed, entries, kind)

@@ -27,6 +27,7 @@ from fedllm.errors import ConfigError, WireError
 from fedllm.flat import entries, flatten, shaped
 from fedllm.forward import antithetic, batch_loss, settled
 from fedllm.models import Model
+from fedllm.prospects import announce
 from fedllm.randomness import stream
 from fedllm.scalars import Cohort, gradient, pack_cohort, unpack_cohort
 from fedllm.tensors import Spec, Tensors, TensorSpec
@@ -69,8 +70,10 @@ class MeZO(Method):
         self.options = Options.model_validate(config.options)
 
     def build(self, labels: tuple[str, ...]) -> Model:
-        """Load the base model with its adapter."""
-        return models.load(self.config, labels)
+        """Load the base model with its adapter, and say what a round can be expected to achieve."""
+        model = models.load(self.config, labels)
+        announce(model, self.config.cohort * self.config.training.local_steps, "training.local_steps")
+        return model
 
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
         """Expect one float per local step, or per candidate."""

@@ -16,6 +16,7 @@ from strategies.base import Commit, Exchange, State
 from strategies.workshop import Workshop
 from tests.conformance.federation import ask, commit, federate, logits, reply_of, start, workshop
 
+SMALL = ("bitfit", "bottleneck")
 LORA_RULES = ("fedit", "ffa", "alternate", "svd", "stack", "residual", "hetero")
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"method": "fedavg"},
@@ -24,9 +25,22 @@ METHODS: dict[str, dict[str, Any]] = {
         f"lora-{rule}-mixed": {"method": "lora", "options": {"rule": rule, "ranks": (1, 2, 4, 3)}}
         for rule in ("svd", "stack", "hetero")
     },
+    **{f"lora-{peft}": {"method": "lora", "tuning": {"peft": peft, "rank": 4}} for peft in SMALL},
 }
 AVERAGING = tuple(METHODS)
 """Methods whose round is a weighted mean of what clients trained."""
+FORWARD = {"tuning": {"rank": 1, "targets": ("query",)}}
+METHODS |= {
+    "fwdllm": {"method": "fwdllm", "options": {"directions": 6}, **FORWARD},
+    "fwdllm-antithetic": {"method": "fwdllm", "options": {"estimator": "antithetic"}, **FORWARD},
+    "fwdllm-dense": {"method": "fwdllm", "options": {"upload": "dense"}, **FORWARD},
+    "fwdllm-chosen": {"method": "fwdllm", "options": {"candidates": 4}, **FORWARD},
+    "fwdllm-warm": {"method": "fwdllm", "options": {"warm_start": "means", "pacing": "ratio"}, **FORWARD},
+    **{f"fwdllm-{peft}": {"method": "fwdllm", "tuning": {"peft": peft, "rank": 1}} for peft in SMALL},
+    "mezo": {"method": "mezo", **FORWARD},
+    "fedkseed": {"method": "mezo", "options": {"candidates": 16}, **FORWARD},
+    "fedkd": {"method": "fedkd"},
+}
 
 
 @pytest.fixture(scope="module")

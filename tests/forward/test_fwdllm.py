@@ -127,8 +127,11 @@ def test_the_step_is_the_trust_ratio_along_the_weighted_mean(shop: Workshop) -> 
     np.testing.assert_allclose(after, want, rtol=1e-5, atol=1e-6 * np.abs(w).max())
 
 
-def test_a_client_that_missed_rounds_catches_up_bit_for_bit(tiny_encoder: Path, tiny_texts: Path) -> None:
-    shop = shop_with(tiny_encoder, tiny_texts, warm_start="means")
+@pytest.mark.parametrize("candidates", [1, 5])
+def test_a_client_that_missed_rounds_catches_up_bit_for_bit(
+    tiny_encoder: Path, tiny_texts: Path, candidates: int
+) -> None:
+    shop = shop_with(tiny_encoder, tiny_texts, warm_start="means", candidates=candidates)
     state, records = start(shop), []
     for round in range(4):
         acc, index = shop.method.begin(state, round), 0
@@ -142,12 +145,42 @@ def test_a_client_that_missed_rounds_catches_up_bit_for_bit(tiny_encoder: Path, 
         assert isinstance(proposal, Replay)
         records.append(proposal.record)
         state = State(state.version + 1, shop.method.replay(state.tensors, proposal.record), memory)
-    assert len(records[1]) == 1 + 9 + 2 * (10 + 4 * P)
+    assert len(records[1]) == 1 + 9 + 2 * (10 + (4 if candidates == 1 else 6) * P)
     late = Workshop(shop.config)
     tensors = late.initial
     for record in records:
         tensors = late.method.replay(tensors, record)
     assert fingerprint(tensors) == fingerprint(state.tensors)
+
+
+def test_both_sides_choose_the_same_directions_by_the_previous_round(
+    tiny_encoder: Path, tiny_texts: Path
+) -> None:
+    """The second step, rebuilt from the slopes that a client without any choice would have measured."""
+    shop = shop_with(tiny_encoder, tiny_texts, candidates=8)
+    state = federate(shop, start(shop), 1, (0, 3))
+    acc = shop.method.begin(state, 2)
+    exchange = shop.method.plan(state, acc)
+    assert isinstance(exchange, Exchange)
+    answer = ask(shop, state, exchange, 1, 2)
+    assert len(pack(answer.tensors)) == 4 * P
+    acc = shop.method.fold(acc, "fit", reply_of(answer, 1))
+    chosen = acc.cohort.indices[1]
+    assert len(chosen) == P
+    assert chosen.max() >= P  # beyond those that an even choice would have taken
+    everything = shop_with(tiny_encoder, tiny_texts, directions=8 * P)
+    measured = ask(everything, state, Exchange("fit"), 1, 2).tensors["slopes"].numpy()
+    np.testing.assert_allclose(answer.tensors["slopes"], measured[chosen], rtol=1e-3, atol=1e-5)
+    weights = acc.cohort.slopes[1] / answer.tensors["slopes"].numpy()
+    assert np.ptp(weights) > 0.1
+    assert weights.max() < 2.01
+
+
+def test_a_guide_that_is_no_record_is_refused(tiny_encoder: Path, tiny_texts: Path) -> None:
+    shop = shop_with(tiny_encoder, tiny_texts, candidates=8)
+    for guide in ("~ no base85 \x00", "0000"):
+        with pytest.raises(WireError):
+            ask(shop, start(shop), Exchange("fit", {"guide": guide}), 0, 2)
 
 
 def test_dense_uploads_lead_to_the_same_step(tiny_encoder: Path, tiny_texts: Path) -> None:
@@ -272,11 +305,13 @@ def test_damaged_records_are_refused(shop: Workshop, record: bytes) -> None:
         ({"options": {"warm_start": "means"}, "model": {"task": "causal"}}, "warm_start"),
         ({"options": {}, "server": {"optimizer": "adam"}}, "step"),
         ({"options": {"upload": "dense", "pacing": "ratio"}}, "pacing"),
+        ({"options": {"upload": "dense", "candidates": 2}}, "candidates"),
+        ({"options": {"directions": 1000, "candidates": 100}}, "candidates"),
     ],
 )
 def test_impossible_combinations_name_the_key(shop: Workshop, sections: dict[str, Any], key: str) -> None:
     config = type(shop.config).model_validate({**shop.config.model_dump(), **sections})
-    with pytest.raises(ConfigError, match=f"fwdllm.{key}"):
+    with pytest.raises(ConfigError, match=rf"fwdllm\.{key}"):
         FwdLLM(config)
 
 
@@ -298,6 +333,6 @@ def test_a_hopeless_run_is_warned_of(
 def test_a_large_setup_is_warned_of(
     tiny_encoder: Path, tiny_texts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strategies.fwdllm._LARGE_SETUP", 1000)
+    monkeypatch.setattr("fedllm.prospects._LARGE_SETUP", 1000)
     assert shop_with(tiny_encoder, tiny_texts, warm_start="ridge").initial
     assert 'fwdllm.warm_start = "ridge" makes each client upload' in caplog.text

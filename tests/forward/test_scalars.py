@@ -45,7 +45,8 @@ def test_any_bytes_are_a_record_or_refused(data: bytes) -> None:
         cohort = unpack_cohort(data)
     except WireError:
         return
-    assert len(cohort.slopes) * 10 + 4 * cohort.directions + 9 == len(data)
+    numbered = 2 * sum(len(indices) for indices in cohort.indices.values())
+    assert len(cohort.slopes) * 10 + 4 * cohort.directions + numbered + 9 == len(data)
 
 
 def test_every_cut_is_refused() -> None:
@@ -53,6 +54,23 @@ def test_every_cut_is_refused() -> None:
     for cut in (*range(len(record)), None):
         with pytest.raises(WireError):
             unpack_cohort(record[:cut] if cut is not None else record + b"\0")
+
+
+def test_chosen_directions_travel_by_number_and_one_chosen_twice_counts_twice() -> None:
+    cohort = Cohort(3)
+    cohort.extend(4, np.array([1.0, -2.0, 0.5], dtype=np.float32), 30, np.array([7, 7, 65_535]))
+    cohort.extend(4, np.array([3.0], dtype=np.float32), 30, np.array([70]))
+    record = pack_cohort(cohort)
+    assert len(record) == 9 + 10 + 6 * 4
+    again = unpack_cohort(record)
+    assert again.numbers(4).tolist() == [7, 7, 65_535, 70]
+    naive = sum(
+        c * flat(Direction(8, 3, 4, i), 50) / 4 for c, i in ((1.0, 7), (-2.0, 7), (0.5, 65_535), (3.0, 70))
+    )
+    np.testing.assert_allclose(gradient(again, 8, 50), naive, rtol=1e-9, atol=1e-12)
+    for cut in range(len(record)):
+        with pytest.raises(WireError):
+            unpack_cohort(record[:cut])
 
 
 def test_clients_are_averaged_by_texts_and_directions_evenly() -> None:
