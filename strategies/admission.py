@@ -103,10 +103,11 @@ class Admission:
             log.crossed("down", member.node, "describe", content, payload=0, dense=None)
             log.crossed("up", member.node, "describe", message.content, payload=0, dense=None)
             self._courier.downlink.known.setdefault(member.node, 0)
-            self._store.node_log(member.node, reply.facts.pop(wire.LOG, ""), round=log.number)
-            if reply.facts:
-                told = {**reply.metrics, **reply.facts}
-                self._store.event("joined", f"client {member.node}", node=member.node, device=told)
+            facts = dict(reply.facts)
+            self._store.node_log(member.node, facts.pop(wire.LOG, ""), round=log.number)
+            if facts:
+                device = {**reply.metrics, **facts}
+                self._store.event("joined", f"client {member.node}", node=member.node, device=device)
 
         messages = (Message(content, node, "train", group_id="describe") for node in strangers)
         deadline = self._config.server.deadline_s
