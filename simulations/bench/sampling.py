@@ -116,8 +116,7 @@ def _gradient(shop: Workshop, tensors: Tensors, node: int, round: int) -> Flat:
     order = stream(shop.config.seed, "batches", round, node).permutation(len(train))
     shop.method.load(shop.model, tensors)
     shop.model.module.eval()
-    loss = shop.model.forward(train.batch(order[: shop.config.training.batch_size])).loss
-    assert loss is not None
+    loss = shop.model.loss(train.batch(order[: shop.config.training.batch_size]))
     parameters = shop.model.trainable()
     grads = torch.autograd.grad(loss, list(parameters.values()))
     return flatten(dict(zip(parameters, grads, strict=True)))
