@@ -39,6 +39,24 @@ for part in (researcher, operator, dashboard, device):
     app.add_typer(part.app)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"fedllm {version('fedllm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
 @app.command(rich_help_panel="Server")
 def run(
     source: Source = "quickstart",

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ MODULES = {
     "server.app": {"torch", "transformers", "peft"},
     "strategies.registry": {"torch", "transformers", "flwr"},
 }
+
+
+def test_version() -> None:
+    command = [Path(sysconfig.get_path("scripts")) / "fedllm", "--version"]
+    output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert output == f"fedllm {project['version']}\n"
 
 
 @pytest.mark.parametrize("module", MODULES)
