@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -341,17 +342,23 @@ def _explained(config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the loading bars and reports, whose content we check ourselves; restore afterwards."""
-    from transformers.utils import logging
+    """Silence the loading bars and reports, whose content we check ourselves; restore afterwards.
 
-    chatter: Any = logging
+    So are bitsandbytes' hints at kernels that it could download.
+    """
+    from transformers.utils import logging as chatter_of_transformers
 
+    chatter: Any = chatter_of_transformers
+    hints = logging.getLogger("bitsandbytes")
+    hinted = hints.level
+    hints.setLevel(logging.ERROR)
     level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
     chatter.set_verbosity(chatter.CRITICAL)
     chatter.disable_progress_bar()
     try:
         yield
     finally:
+        hints.setLevel(hinted)
         chatter.set_verbosity(level)
         if bars:
             chatter.enable_progress_bar()
