@@ -22,6 +22,7 @@ from client.place import Place
 from fedllm import wire
 from fedllm.codecs import parse
 from fedllm.codecs.base import CodecContext
+from fedllm.codecs.measure import relative_error
 from fedllm.config import RunConfig
 from fedllm.errors import FedllmError, WireError
 from fedllm.randomness import derive
@@ -183,7 +184,7 @@ class _Task:
         answered.metrics.update(context.notes)
         if self.config.codec.up != "none":
             decoded, _ = codec.decode(payload, spec_of(answered.tensors), before, context)
-            answered.metrics["error_up"] = _relative_error(decoded, answered.tensors)
+            answered.metrics["error_up"] = relative_error(answered.tensors, decoded)
         return answered, residuals, payload
 
 
@@ -203,8 +204,3 @@ def _clip(answered: Answer, limit: float | None) -> Answer:
         tensors = {name: t * (limit / norm) for name, t in tensors.items()}
     metrics = {**answered.metrics, "update_norm": norm}
     return Answer(tensors, answered.examples, metrics, answered.local, answered.passes)
-
-
-def _relative_error(decoded: Tensors, sent: Tensors) -> float:
-    difference = {name: decoded[name].double() - t.double() for name, t in sent.items()}
-    return _norm(difference) / max(_norm(sent), 1e-30)

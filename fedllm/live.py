@@ -24,6 +24,8 @@ from fedllm.wording import human_bytes, number
 __all__ = ["Watcher", "watching"]
 
 _ROWS = 20
+_ERRORS = ("error_up", "error_down")
+"""Of what the codecs decode, against what was encoded: relative, shown as up / down."""
 _INTERVAL_S = 0.25
 
 
@@ -83,6 +85,7 @@ class Watcher:
 
     def _cells(self, record: Round) -> list[str]:
         metrics = record.metrics or record.details.get("initial", {})
+        errors = [record.details[name] for name in _ERRORS if name in record.details]
         up, dense = self._dense.get(record.round, (0, 0))
         return [
             str(record.round),
@@ -91,6 +94,7 @@ class Watcher:
             human_bytes(record.bytes_up),
             human_bytes(record.bytes_down),
             f"{dense / up:.1f}x" if up and record.round else "",
+            " / ".join(f"{error:.2g}" for error in errors),
             f"{record.participants}"
             + (f" ({record.failures + record.rejected} lost)" if _lost(record) else ""),
             f"{record.seconds:.1f} s",
@@ -98,7 +102,7 @@ class Watcher:
 
     def _table(self) -> Table:
         table = Table(title=self._run.config.name if self._run else None, title_justify="left")
-        for name in ("round", self._metric(), "loss", "up", "down", "fewer up", "clients", "time"):
+        for name in ("round", self._metric(), "loss", "up", "down", "fewer up", "error", "clients", "time"):
             table.add_column(name, justify="right")
         for record in self._rounds[-_ROWS:]:
             table.add_row(*self._cells(record))
@@ -125,10 +129,11 @@ class Watcher:
         return f"about {seconds / 60:.1f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
 
     def _line(self, record: Round) -> str:
-        number, metric, loss, up, down, ratio, clients, seconds = self._cells(record)
+        number, metric, loss, up, down, ratio, error, clients, seconds = self._cells(record)
         return (
             f"round {number}  {self._metric()} {metric}  loss {loss}  "
-            f"up {up}{f' ({ratio} fewer)' if ratio else ''}  down {down}  clients {clients}  {seconds}"
+            f"up {up}{f' ({ratio} fewer)' if ratio else ''}  down {down}  "
+            f"{f'error {error}  ' if error else ''}clients {clients}  {seconds}"
         )
 
 

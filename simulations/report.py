@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fedllm.durable import disk_errors, replace_file
-from fedllm.runs import NodeRound, Run
+from fedllm.runs import NodeRound, Round, Run
 from fedllm.wording import human_bytes, human_seconds, number
 from simulations import plots
 
@@ -67,6 +67,7 @@ def render(run: Run, figures: Mapping[str, tuple[str, Figure]]) -> str:
         partition=run.partition,
         clients=_clients(run, nodes),
         traffic=run.traffic(("direction", "exchange", "record")),
+        codec=_codec(rounds),
         lost=lost[:_REASONS_SHOWN],
         lost_total=len(lost),
         reasons=Counter(row.reason or row.status for row in lost).most_common(10),
@@ -98,6 +99,19 @@ def _figures(run: Run) -> dict[str, tuple[str, Figure]]:
     if run.partition.get("clients"):
         figures["partition"] = ("Who holds which texts", plots.partition(run.partition))
     return figures
+
+
+def _codec(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """Return what the codecs did, by direction: bytes by part of the payload, and the mean relative error."""
+    rows = []
+    for direction in ("up", "down"):
+        parts: Counter[str] = Counter()
+        for record in rounds:
+            parts.update(record.details.get("codec", {}).get(direction, {}))
+        errors = [e for record in rounds if (e := record.details.get(f"error_{direction}")) is not None]
+        if errors:
+            rows.append({"direction": direction, "parts": parts.most_common(), "error": fmean(errors)})
+    return rows
 
 
 def _clients(run: Run, nodes: Sequence[NodeRound]) -> list[dict[str, Any]]:

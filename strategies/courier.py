@@ -130,7 +130,8 @@ class Courier:
             # A client that lost its state begins a new estimate, and so does the server.
             estimate = {} if "state_lost" in reply.metrics else self.estimates.get(node, {})
             codec = parse(self.config.codec.up)
-            tensors, after = codec.decode(reply.payload, expected, estimate, context)
+            tensors, after, parts = codec.inspect(reply.payload, expected, estimate, context)
+            opened.log.codec_up.update(parts)
             if after:
                 opened.estimates[node] = after
         else:

@@ -7,10 +7,12 @@ is smaller. The server itself holds what clients decode, so both sides have the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedllm.codecs import parse
 from fedllm.codecs.base import CodecContext
+from fedllm.codecs.measure import relative_error
 from fedllm.config import RunConfig
 from fedllm.errors import WireError
 from fedllm.tensors import Tensors, dense_bytes, pack, spec_of, unpack
@@ -31,6 +33,8 @@ class Downlink:
         first: version that the oldest kept increment starts from.
         increments: one per version from ``first`` on; the last leads to the current version.
         known: newest version that each node has confirmed to hold; absent means unknown.
+        parts: bytes of the newest increment by what the codec's stages wrote; empty without a codec.
+        error: of the newest increment, against the update it stands for; ``None`` without a codec.
     """
 
     config: RunConfig
@@ -38,6 +42,8 @@ class Downlink:
     first: int = 0
     increments: list[bytes] = field(default_factory=list)
     known: dict[int, int] = field(default_factory=dict)
+    parts: Mapping[str, int] = field(default_factory=dict)
+    error: float | None = None
 
     def commit(
         self, version: int, tensors: Tensors, proposal: Tensors | Replay, memory: Tensors
@@ -63,10 +69,12 @@ class Downlink:
         feedback = {k.removeprefix(_FEEDBACK): v for k, v in memory.items() if k.startswith(_FEEDBACK)}
         rest = {k: v for k, v in memory.items() if not k.startswith(_FEEDBACK)}
         update = {name: proposal[name] - old for name, old in tensors.items()}
-        payload, feedback = codec.encode(update, feedback, _context(self.config, version))
-        increment = _ENCODED + payload
-        self._keep(increment, version, tensors)
-        after = _apply(increment, version, tensors, self.config, self.method)
+        context = _context(self.config, version)
+        payload, feedback = codec.encode(update, feedback, context)
+        self._keep(_ENCODED + payload, version, tensors)
+        decoded, _, self.parts = codec.inspect(payload, spec_of(tensors), {}, context)
+        self.error = relative_error(update, decoded)
+        after = {name: old + decoded[name] for name, old in tensors.items()}
         return after, rest | {_FEEDBACK + name: value for name, value in feedback.items()}
 
     def payload(self, node: int, version: int, tensors: Tensors) -> tuple[int, tuple[int, ...], bytes]:

@@ -194,6 +194,10 @@ class Engine(Strategy):
             # What a method writes under "report/" is for people.
             reported = {k: v for k, v in self.state.memory.items() if k.startswith(_REPORT)}
             details.update({k.removeprefix(_REPORT): float(v) for k, v in reported.items()})
+            downlink = self._courier.downlink
+            details["codec"] = {"up": dict(log.codec_up), "down": dict(downlink.parts)}
+            if downlink.error is not None:
+                details["error_down"] = downlink.error
         self.completed = number
         metrics = self._score(number)
         if number == 0 and not accepted:

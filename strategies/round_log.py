@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,12 +26,14 @@ class RoundLog:
     Attributes:
         number: the round; 0 is what comes before the first.
         attempt: attempts that missed their quorum so far.
+        codec_up: bytes of uploads by what the codec's stages wrote: header, scales, codes, indices, ...
     """
 
     number: int
     attempt: int = 0
     entries: list[Entry] = field(default_factory=list)
     nodes: list[NodeRound] = field(default_factory=list)
+    codec_up: Counter[str] = field(default_factory=Counter)
     forward: float = 0.0
     backward: float = 0.0
     _started: float = field(default_factory=time.monotonic)

@@ -23,6 +23,8 @@ from fedllm.errors import RunFailed
 from fedllm.runs import Run
 from server.conduct import conduct
 from simulations.loopback import LoopbackGrid, loopback
+from simulations.report import write
+from strategies.workshop import Workshop
 from tests.rounds.federation import Fault, configuration, run
 
 
@@ -96,6 +98,25 @@ def test_the_ledger_holds_what_protobuf_serializes(config: RunConfig, tmp_path: 
     assert header == 5 * 3 * 9  # without a codec a payload is the tensors as they are, behind 9 bytes
     per_round = [row["bytes"] for row in Run(tmp_path / "run").traffic() if row["direction"] == "up"]
     assert sum(per_round) == crossed
+
+
+def test_what_the_codecs_did_is_recorded_by_direction(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    codec = {"up": "quantize(bits=4)", "down": "quantize(bits=8)"}
+    config = configuration(tiny_encoder, tiny_texts, codec=codec, rounds=2)
+    run(config, tmp_path / "run")
+    values = sum(tensor.numel() for tensor in Workshop(config).initial.values())
+    for record in Run(tmp_path / "run").rounds()[1:]:
+        up, down = record.details["codec"]["up"], record.details["codec"]["down"]
+        # Three replies; half a byte a value up, one byte down; blocks of 4096 values share a scale.
+        assert up == {"header": 3 * 10, "scales": 3 * 4, "codes": 3 * -(-values // 2)}
+        assert down == {"header": 10, "scales": 4, "codes": values}
+        # Of 15 and of 255 levels: a step is 1 / 7 and 1 / 127 of the largest value, an error at most half of it.
+        assert 0.001 < record.details["error_down"] < 0.05 < record.details["error_up"] < 1.0
+    page = write(tmp_path / "run").read_text()
+    assert "What the codecs made of it" in page
+    assert f"{2 * values:,}" in page
 
 
 def test_an_interrupted_run_continues_with_the_same_bits(
