@@ -112,7 +112,7 @@ def test_what_the_codecs_did_is_recorded_by_direction(
         # Three replies; half a byte a value up, one byte down; blocks of 4096 values share a scale.
         assert up == {"header": 3 * 10, "scales": 3 * 4, "codes": 3 * -(-values // 2)}
         assert down == {"header": 10, "scales": 4, "codes": values}
-        # Of 15 and of 255 levels: a step is 1 / 7 and 1 / 127 of the largest value, an error at most half of it.
+        # 15 and 255 levels: a step is 1 / 7 and 1 / 127 of the largest value, an error at most half of it.
         assert 0.001 < record.details["error_down"] < 0.05 < record.details["error_up"] < 1.0
     page = write(tmp_path / "run").read_text()
     assert "What the codecs made of it" in page
