@@ -1,19 +1,23 @@
 """``fedllm bench memory``: what a step needs above the loaded model, and what batching directions gains.
 
-Each estimator runs in a process of its own, so that no peak hides behind another's. Inference is the stock
-``model(ids, labels=ids)`` under ``no_grad`` with the same attention.
+Each sample is taken in a process of its own, so that no peak hides behind another's. Inference is the stock
+``model(ids, labels=ids)`` under ``no_grad`` with the same attention. ``antithetic`` evaluates that same loss
+twice; cases named ``chunked`` make logits for 64 tokens at a time, as :func:`fedllm.forward.batch_loss` does.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,32 +25,59 @@ from fedllm import models
 from fedllm.config import ModelConfig, RunConfig, TrainingConfig, TuningConfig
 from fedllm.data import Batch
 from fedllm.directions import Direction
-from fedllm.forward import antithetic, batch_loss, jvp, settled
+from fedllm.forward import Loss, antithetic, batch_loss, jvp, settled
 from fedllm.models import Model
 
 __all__ = ["CASES", "memory", "run", "throughput"]
 
-CASES = ("inference", "chunked_inference", "antithetic", "jvp", "backprop", "checkpointed_backprop")
+CASES = (
+    "inference",
+    "antithetic",
+    "chunked_inference",
+    "chunked_antithetic",
+    "chunked_jvp",
+    "checkpointed_backprop",
+    "backprop",
+)
 _BATCH = (4, 128)
 
 
 def run() -> dict[str, object]:
-    """Measure both; about two minutes on two idle cores, the first time more: SmolLM2 is converted once."""
+    """Measure both; some minutes on two idle cores, the first time more: SmolLM2 is converted once."""
     return {"memory": memory(), "throughput": throughput()}
 
 
-def memory() -> dict[str, dict[str, float]]:
-    """Return each case's peak above the loaded model in bytes, and as a multiple of inference."""
-    found: dict[str, float] = {}
-    for case in CASES:
-        command = [sys.executable, "-m", "simulations.bench.memory", case]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
-        found[case] = float(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+def memory(samples: int = 3) -> dict[str, dict[str, Any]]:
+    """Measure every case, in turn so that a busy machine disturbs all alike.
+
+    Returns:
+        By case: ``peak_bytes`` above the loaded model (median, and all ``samples``), the same as a multiple
+        of inference's (``of_inference``), and the median ``seconds``.
+    """
+    taken: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
+    for _ in range(samples):
+        for case, found in taken.items():
+            found.append(_in_a_process(case))
+    peaks = {case: [sample["peak_bytes"] for sample in found] for case, found in taken.items()}
+    unit = statistics.median(peaks["inference"])
     return {
-        case: {"peak_bytes": peak, "of_inference": peak / found["inference"]} for case, peak in found.items()
+        case: {
+            "peak_bytes": statistics.median(peaks[case]),
+            "of_inference": statistics.median(peaks[case]) / unit,
+            "seconds": statistics.median(sample["seconds"] for sample in found),
+            "samples": peaks[case],
+        }
+        for case, found in taken.items()
     }
+
+
+def _in_a_process(case: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "simulations.bench.memory", case]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def throughput(directions: int = 8, repeats: int = 5) -> dict[str, dict[str, float]]:
@@ -76,12 +107,20 @@ def _compare(model: Model, texts: int, tokens: int, names: list[Direction], repe
     return {"one_by_one_s": one, "batched_s": side, "speedup": one / side}
 
 
-def measure(case: str) -> dict[str, float]:
-    """Run one case in this process and return its peak above the loaded model."""
+def measure(case: str, dtype: Literal["float32", "bfloat16"] = "float32") -> dict[str, float]:
+    """Run one case in this process.
+
+    Args:
+        case: one of :data:`CASES`.
+        dtype: of the frozen part.
+
+    Returns:
+        ``peak_bytes`` above the loaded model, ``model_bytes`` that its tensors take, and ``seconds``.
+    """
     checkpointed = case == "checkpointed_backprop"
     model = models.load(
         RunConfig(
-            model=ModelConfig(name="smollm2", task="causal"),
+            model=ModelConfig(name="smollm2", task="causal", dtype=dtype),
             tuning=TuningConfig(targets=("q_proj", "v_proj")),
             training=TrainingConfig(gradient_checkpointing=checkpointed),
         ),
@@ -91,23 +130,34 @@ def measure(case: str) -> dict[str, float]:
     small, full = (_random_batch(model, *shape, None) for shape in ((1, 2), (texts, tokens)))
     step = _STEPS[case]
     step(model, small)  # thread pools and lazily loaded code are not the step's own
-    return {"peak_bytes": float(_peak_above(lambda: step(model, full)))}
+    size = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    started = time.perf_counter()
+    peak = _peak_above(lambda: step(model, full))
+    seconds = time.perf_counter() - started
+    return {"peak_bytes": float(peak), "model_bytes": float(size), "seconds": seconds}
 
 
-def _inference(model: Model, batch: Batch) -> None:
+def _stock(model: Model, batch: Batch) -> Loss:
+    """Return the model's own loss; it reads the trained tensors where they live."""
     stock: Any = model.module.backbone
+
+    def loss(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        value: torch.Tensor = stock(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        ).loss
+        return value
+
+    return loss
+
+
+def _inference(make: Callable[[Model, Batch], Loss], model: Model, batch: Batch) -> None:
     with settled(model.module):
-        stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+        make(model, batch)(_values(model))
 
 
-def _chunked_inference(model: Model, batch: Batch) -> None:
+def _antithetic(make: Callable[[Model, Batch], Loss], model: Model, batch: Batch) -> None:
     with settled(model.module):
-        batch_loss(model, batch)(_values(model))
-
-
-def _antithetic(model: Model, batch: Batch) -> None:
-    with settled(model.module):
-        antithetic(batch_loss(model, batch), _values(model), [Direction(0, 1, 0, 0)])
+        antithetic(make(model, batch), _values(model), [Direction(0, 1, 0, 0)])
 
 
 def _jvp(model: Model, batch: Batch) -> None:
@@ -122,12 +172,13 @@ def _backprop(model: Model, batch: Batch) -> None:
 
 
 _STEPS: Mapping[str, Callable[[Model, Batch], None]] = {
-    "inference": _inference,
-    "chunked_inference": _chunked_inference,
-    "antithetic": _antithetic,
-    "jvp": _jvp,
-    "backprop": _backprop,
+    "inference": partial(_inference, _stock),
+    "antithetic": partial(_antithetic, _stock),
+    "chunked_inference": partial(_inference, batch_loss),
+    "chunked_antithetic": partial(_antithetic, batch_loss),
+    "chunked_jvp": _jvp,
     "checkpointed_backprop": _backprop,
+    "backprop": _backprop,
 }
 
 
@@ -142,7 +193,13 @@ def _random_batch(model: Model, texts: int, tokens: int, labels: torch.Tensor | 
 
 
 def _peak_above(step: Callable[[], None]) -> int:
-    """Bytes by which resident memory rises while ``step`` runs; the kernel's own high-water mark."""
+    """Bytes by which resident memory rises while ``step`` runs; the kernel's own high-water mark.
+
+    What the allocator holds of memory freed earlier goes back to the kernel first; the step would run in it
+    unseen.
+    """
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status("VmRSS")
     step()
@@ -157,4 +214,4 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))
+    print(json.dumps(measure(*sys.argv[1:])))  # type: ignore[arg-type]  # CASE [DTYPE]
