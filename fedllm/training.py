@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from fedllm.config import TrainingConfig
 from fedllm.data import Batch, Tokens
 from fedllm.errors import RunFailed
 
-__all__ = ["descend", "learning_rate", "minibatches"]
+__all__ = ["descend", "learning_rate", "minibatches", "optimizer_of"]
 
 
 def minibatches(
@@ -44,6 +45,19 @@ def learning_rate(config: TrainingConfig, progress: float) -> float:
     return config.learning_rate * factor
 
 
+def optimizer_of(
+    kind: Literal["adamw", "sgd"], parameters: Iterable[torch.nn.Parameter], rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Return a fresh local optimiser that takes its steps in one pass over memory.
+
+    >>> optimizer_of("sgd", [torch.nn.Parameter(torch.zeros(1))], 0.5, 0.0).param_groups[0]["lr"]
+    0.5
+    """
+    # Unfused, AdamW walks through memory once per operation: 0.20 s a step for all of MiniLM, not 0.04.
+    classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    return classes[kind](parameters, lr=rate, weight_decay=weight_decay, fused=True)
+
+
 def descend(
     parameters: Sequence[torch.nn.Parameter],
     loss: Callable[[Batch], torch.Tensor],
@@ -70,11 +84,7 @@ def descend(
         RunFailed: a loss is not finite.
     """
     rate = learning_rate(config, progress)
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(parameters, lr=rate, weight_decay=config.weight_decay)
+    optimizer = optimizer_of(config.optimizer, parameters, rate, config.weight_decay)
     anchors = [p.detach().clone() for p in parameters] if config.proximal else []
     losses: list[float] = []
     for batch in batches:

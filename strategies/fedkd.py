@@ -37,7 +37,7 @@ from fedllm.student import (
     width,
 )
 from fedllm.tensors import Tensors
-from fedllm.training import descend, learning_rate, minibatches
+from fedllm.training import descend, learning_rate, minibatches, optimizer_of
 from strategies.averaging import Averaging
 from strategies.base import Answer, Passes, Work
 
@@ -186,16 +186,15 @@ class FedKD(Averaging):
         rate = self.options.teacher_learning_rate or training.learning_rate
         rate *= learning_rate(training, work.progress) / training.learning_rate
         parameters = tutor.parameters()
-        kind = torch.optim.AdamW if self.options.teacher_optimizer == "adamw" else torch.optim.SGD
-        optimizer = kind(parameters.values(), lr=rate, weight_decay=training.weight_decay)
+        optimizer = optimizer_of(
+            self.options.teacher_optimizer, parameters.values(), rate, training.weight_decay
+        )
         for key, value in work.local.items():
             tag, _, rest = key.partition("/")
             if tag == "moment":
                 moment, _, name = rest.partition("/")
                 parameter = parameters[name]
-                # torch counts AdamW's steps on the CPU wherever the parameter lives.
-                device = value.device if moment == "step" else parameter.device
-                optimizer.state[parameter][moment] = value.to(device, copy=True)
+                optimizer.state[parameter][moment] = value.to(parameter.device, copy=True)
         return optimizer
 
 
