@@ -35,8 +35,11 @@ __all__ = [
     "predictions",
 ]
 
-SMALLEST_SCALE = 1e-2
-"""D is held above this: a batch that both models fit to the last digit would divide by zero."""
+SMALLEST_SCALE = 0.5
+"""D is held above this: the distillation terms of a batch that both models fit would drown all others."""
+
+LITERAL_SCALE = 1e-2
+"""The same where the paper is read literally: low enough to let D fall, high enough to divide by."""
 
 
 def matched_layers(teacher: int, student: int) -> tuple[int, ...]:
@@ -229,8 +232,8 @@ class Distillation:
         return Losses(task_t, task_s, divergence_t, divergence_s, apart / self._scale(task_t, task_s))
 
     def _scale(self, own: Tensor, other: Tensor) -> Tensor:
-        total = (own + other).clamp(min=SMALLEST_SCALE)
-        return total if self.literal else total.detach()
+        total = own + other
+        return total.clamp(min=LITERAL_SCALE) if self.literal else total.detach().clamp(min=SMALLEST_SCALE)
 
     def _divergence(self, target: Tensor, logits: Tensor) -> Tensor:
         return divergence(target, logits, temperature=self.temperature, reverse=self.reverse)

@@ -147,6 +147,15 @@ def test_every_term_of_a_small_case_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize(("literal", "weight"), [(False, 2.0), (True, 10.0)])
+def test_a_batch_that_both_models_fit_weighs_at_most_twice(literal: bool, weight: float) -> None:
+    """Task losses of 0.05 make D = 0.1; only the literal reading multiplies the distillation terms by ten."""
+    views = [View(torch.tensor(0.05), torch.zeros(1, 2), (torch.full((1, 1, 1), h),)) for h in (3.0, 1.0)]
+    objective = Distillation(attention=False, literal=literal)
+    got = objective(views[0], views[1], torch.tensor([0]), torch.tensor([[1]]), Projections(1, 1, 1))
+    assert got.hidden.item() == pytest.approx(weight * (3.0 - 1.0) ** 2)
+
+
 def _finite_differences(function: Callable[[], float], leaf: torch.Tensor) -> torch.Tensor:
     gradient = torch.empty_like(leaf)
     values, slopes = leaf.detach().view(-1), gradient.view(-1)
