@@ -166,7 +166,7 @@ def _report(folder: Path) -> None:
 
 
 def _conclude(folders: list[Path], as_json: bool) -> None:
-    """Print the summary of one run, or the comparison of several; a run that was stopped is not a success."""
+    """Print the summary of one run, or the comparison of several."""
     from fedllm.runs import Run
 
     summaries = [Run(folder).summary for folder in folders]
@@ -176,7 +176,14 @@ def _conclude(folders: list[Path], as_json: bool) -> None:
         print(json.dumps(summaries[0], indent=2))
     else:
         _print_summary(summaries[0], folders[0])
-    if any(summary["status"] != "finished" for summary in summaries):
+    _require_finished(folders)
+
+
+def _require_finished(folders: Sequence[Path]) -> None:
+    """A run that was stopped is not a success."""
+    from fedllm.runs import Run
+
+    if any(Run(folder).status != "finished" for folder in folders):
         raise RunFailed(f"stopped before the last round; continue with fedllm resume {folders[-1]}")
 
 
@@ -300,6 +307,9 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Run a paper's experiment and its references over seeds; it goes on where it was interrupted."""
+    from fedllm.runs import Run
+    from simulations import compare as comparison
+    from simulations import distilled
     from simulations.experiment import parse_seeds
     from simulations.reproduce import lay_out, unfinished
 
@@ -309,7 +319,17 @@ def reproduce(
     planned = lay_out(experiment, parse_seeds(seeds), scale, folder, overrides or [])  # type: ignore[arg-type]
     for run in unfinished(planned, lambda said: console.print(said, highlight=False)):
         _simulate(run.config, run.folder, "loopback", workers, threads)
-    _conclude([run.folder for run in planned], as_json)
+    folders = [run.folder for run in planned]
+    found = comparison.compare(folders)
+    if experiment == "fedkd":
+        found |= distilled.notes([Run(folder) for folder in folders])
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console().print(comparison.table(found))
+        if experiment == "fedkd":
+            print(distilled.sentences(found))
+    _require_finished(folders)
 
 
 @app.command(rich_help_panel=PANEL)

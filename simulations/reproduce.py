@@ -25,11 +25,13 @@ class Experiment:
 
     Attributes:
         presets: by name.
+        once: further presets, which get the first seed only.
         measured: overrides that every run gets, so that differences of half a point can be seen.
         paper: overrides for the paper's own models and data, which need a GPU and a network.
     """
 
     presets: tuple[str, ...]
+    once: tuple[str, ...] = ()
     measured: tuple[str, ...] = ("data.test_fraction=0.4",)
     paper: tuple[str, ...] = ()
 
@@ -44,7 +46,8 @@ EXPERIMENTS = {
         paper=("model.name=distilbert-base-uncased", "data.name=fancyzhx/ag_news", "clients=100"),
     ),
     "fedkd": Experiment(
-        ("fedavg-teacher", "fedkd", "fedkd-literal", "student-alone", "teacher-local"),
+        ("fedavg-teacher", "fedkd", "student-alone"),
+        once=("fedkd-literal", "teacher-local"),
         paper=("model.name=bert-base-uncased", "data.name=fancyzhx/ag_news"),
     ),
 }
@@ -53,11 +56,11 @@ EXPERIMENTS = {
 def lay_out(
     name: str, seeds: Sequence[int], scale: Scale, out: Path, extra: Sequence[str] = ()
 ) -> list[Planned]:
-    """Return the runs of an experiment, presets in order, each over all seeds.
+    """Return the runs of an experiment, seed by seed, so that what was interrupted can be compared in pairs.
 
     Args:
         name: a key of :data:`EXPERIMENTS`.
-        seeds: of every preset.
+        seeds: of every preset but those that are run once.
         scale: ``cpu`` takes the bundled model and texts.
         out: folder of all runs.
         extra: further overrides, of every run.
@@ -68,11 +71,12 @@ def lay_out(
     if name not in EXPERIMENTS:
         raise ConfigError(f"there is no experiment {name!r}; experiments are {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[name]
+    order = [(preset, seed) for seed in seeds for preset in experiment.presets]
+    order += [(preset, seeds[0]) for preset in experiment.once]
     overrides = [*experiment.measured, *(experiment.paper if scale == "paper" else ()), *extra]
     return [
         Planned(resolve_run(document(preset), [*overrides, f"seed={seed}"]), out / f"{preset}-seed{seed}")
-        for preset in experiment.presets
-        for seed in seeds
+        for preset, seed in order
     ]
 
 
