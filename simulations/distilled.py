@@ -66,7 +66,7 @@ def sentences(found: Mapping[str, Any]) -> str:
     >>> print(sentences({"gain": {"mean": 0.01, "low": -0.02, "high": 0.04, "n": 5}, "frozen_reference":
     ...     {"bytes": 3e6, "parameters": 9, "embedding_parameters": 3, "ratio": {"fedkd": 4.25}}}))
     student distilled - student alone: +0.0100 [-0.0200, +0.0400], 5 seeds
-    like for like, embeddings frozen in fedavg-teacher too, by arithmetic: 3.00 MB (6 of 9 parameters)
+    like for like, embeddings frozen in fedavg-teacher too, by arithmetic: 3 MB (6 of 9 parameters)
     fewer bytes than that: fedkd 4.25x
     """
     gain, frozen = found["gain"], found["frozen_reference"]
