@@ -14,13 +14,12 @@ from unittest import mock
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedllm import wire
+from fedllm.config import RunConfig
 from fedllm.errors import DataError
 
 if TYPE_CHECKING:
     from strategies.base import Answer
 
-SLOW_SECONDS = 40.0
-"""Longer than any deadline of these tests."""
 MOMENT_SECONDS = 1.0
 BEHAVIOUR, WORKING = "behaviour", "working"
 """Files in a node's state folder: what a test asks for, and that the node trains."""
@@ -61,7 +60,7 @@ def behave(request: bytes) -> bytes:
     if instruction.kind != "fit" or not behaviour.exists():
         return answer_bytes(request)
     if behaviour.read_text() == "hostile":
-        return hostile(request, instruction)
+        return hostile(request, instruction, RunConfig.from_json(str(content["config"]["json"])))
     # A moment in which a test can pull the plug.
     (state / WORKING).touch()
     time.sleep(MOMENT_SECONDS)
@@ -70,7 +69,7 @@ def behave(request: bytes) -> bytes:
     return answered
 
 
-def hostile(request: bytes, instruction: wire.Instruction) -> bytes:
+def hostile(request: bytes, instruction: wire.Instruction, config: RunConfig) -> bytes:
     """Train honestly, then misbehave in a way of its own each round; a real node could send any of it."""
     from client.worker import answer_bytes
 
@@ -90,7 +89,7 @@ def hostile(request: bytes, instruction: wire.Instruction) -> bytes:
     if instruction.round == 4:
         return wire.encode(_claim(10_000_000_000))
     if instruction.round == 5:
-        time.sleep(SLOW_SECONDS)
+        time.sleep(1.2 * config.server.deadline_s)
     return wire.encode(wire.pack_reply(dataclasses.replace(reply, payload=payload)))
 
 

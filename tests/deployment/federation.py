@@ -18,6 +18,7 @@ from client.checks import Bundle
 from fedllm import wire
 from fedllm.config import RunConfig
 from fedllm.processes import Child, open_log
+from fedllm.run_database import FILE
 from fedllm.runs import NodeRound
 from fedllm.runs import Run as StoredRun
 from server.link import Link, open_link
@@ -28,7 +29,7 @@ from tests.deployment.conftest import free_port, until
 from tests.deployment.unlucky import LOST, start_device
 from tests.rounds.federation import run as simulate
 
-EVERYONE = {"sample": 3, "quorum": 3, "deadline_s": 60.0, "retries": 9}
+EVERYONE: dict[str, Any] = {"sample": 3, "quorum": 3, "deadline_s": 300.0, "retries": 9}
 ANY_TWO = {**EVERYONE, "quorum": 2}
 """Of ``server``: every client counts in every round, or whichever two come."""
 
@@ -42,6 +43,8 @@ class Federation:
         self._links = links
         self.link: Link = links.enter_context(open_link(folder))
         self.devices: dict[int, Child] = {}
+        self.deadline_s = 60.0
+        """Long enough for whoever answers at all."""
 
     def state(self, node: int) -> Path:
         return self.folder / f"state-{node}"
@@ -70,6 +73,13 @@ class Federation:
             )
         if wait:
             until(lambda: {f"node-{node}" for node in nodes} <= self.online(), 120)
+
+    def warm_up(self, encoder: Path, texts: Path) -> None:
+        """Let every worker load what it needs, and see how fast this machine is just now."""
+        config = configuration(encoder, texts, name="warm", rounds=2, server={"deadline_s": 600.0})
+        run = self.submit(config)
+        self.finish(run)
+        self.deadline_s = 5.0 + 4 * StoredRun(run.folder).rounds()[-1].seconds
 
     def ask(self, behaviour: str, *nodes: int) -> None:
         """Have devices answer so from now on; see ``tests.deployment.answers``."""
@@ -133,10 +143,16 @@ class Federation:
         return summary
 
     def await_round(self, run: Submitted, number: int) -> None:
-        """Wait until a round is committed."""
-        until(
-            lambda: (run.folder / "run.db").exists() and any(row.round >= number for row in _rounds(run)), 600
-        )
+        """Wait until a round is committed; fails at once where the run has."""
+
+        def committed() -> bool:
+            if not (run.folder / FILE).exists():
+                return False
+            stored = StoredRun(run.folder)
+            assert stored.status != "failed", stored.events()[-1].message
+            return bool(stored.rounds(after=number - 1))
+
+        until(committed, 600)
 
     def restart_link(self) -> None:
         """Start another SuperLink on the same folder, as ``fedllm server`` does when one has died."""
@@ -147,10 +163,6 @@ class Federation:
             os.kill(child.pid, signal.SIGTERM)
         for child in self.devices.values():
             child.stop(grace=15.0)
-
-
-def _rounds(run: Submitted) -> list[Any]:
-    return list(StoredRun(run.folder).rounds())
 
 
 @contextlib.contextmanager

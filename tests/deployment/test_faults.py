@@ -31,9 +31,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def three(
+    tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_texts: Path
+) -> Iterator[Federation]:
     with federation(tmp_path_factory.mktemp("f") / "federation", 3) as made:
         made.join(0, 1, 2)
+        made.warm_up(tiny_encoder, tiny_texts)
         made.ask("unhurried", 0, 1, 2)
         yield made
 
@@ -113,7 +116,9 @@ def test_a_hostile_node_spoils_nothing(
 ) -> None:
     """Garbage, NaN, a short payload, a claim of 10 GB, a missed deadline, a full disk: one a round."""
     three.ask("hostile", 2)
-    config = quantised(tiny_encoder, tiny_texts, "hostile", {**ANY_TWO, "deadline_s": 25.0}, rounds=6)
+    config = quantised(
+        tiny_encoder, tiny_texts, "hostile", {**ANY_TWO, "deadline_s": three.deadline_s}, rounds=6
+    )
     run = three.submit(config)
     summary = three.finish(run)
     three.ask("unhurried", 2)
@@ -132,7 +137,9 @@ def test_a_third_of_all_replies_is_lost(
     three: Federation, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
     three.lose(0.3, 0, 1, 2)
-    config = quantised(tiny_encoder, tiny_texts, "lossy", {**ANY_TWO, "deadline_s": 15.0}, rounds=3)
+    config = quantised(
+        tiny_encoder, tiny_texts, "lossy", {**ANY_TWO, "deadline_s": three.deadline_s}, rounds=3
+    )
     run = three.submit(config)
     summary = three.finish(run)
     three.lose(0.0, 0, 1, 2)

@@ -70,7 +70,8 @@ def test_a_cable_is_pulled_and_plugged_in_again(
     with federation(tmp_path / "federation", 3, host=HERE) as made:
         made.join(0, 1)
         made.join(2, namespace=INSIDE)
-        config = quantised(tiny_encoder, tiny_texts, "cut", {**ANY_TWO, "deadline_s": 40.0}, rounds=5)
+        made.warm_up(tiny_encoder, tiny_texts)
+        config = quantised(tiny_encoder, tiny_texts, "cut", ANY_TWO, rounds=5)
         made.ask("unhurried", 0, 1, 2)
         run = made.submit(config)
         made.await_round(run, 1)
