@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from fedllm.runs import Run
+from fedllm.wording import human_bytes
 from simulations.compare import paired
-from simulations.report import human_bytes
 
 __all__ = ["frozen_reference", "gain", "notes", "sentences"]
 
