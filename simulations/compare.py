@@ -185,24 +185,24 @@ def _json(value: Interval | None) -> dict[str, Any] | None:
 
 
 def table(comparison: Mapping[str, Any]) -> Table:
-    """Lay a comparison out for the terminal; metrics that no run has are left out."""
+    """Lay a comparison out for a terminal of 80 columns; metrics that no run has are left out."""
     from rich.table import Table
 
     rows = comparison["settings"]
     metrics = [metric for metric in _METRICS if any(row[metric] for row in rows)]
     main = metrics[:1]
     seeds = any(len(row["runs"]) > 1 for row in rows)
-    caption = f"ratios and differences against {comparison['reference']}"
-    laid = Table(caption=caption + ("; mean and 95 % interval over seeds" if seeds else ""))
+    caption = f"ratios and change against {comparison['reference']}"
+    caption += "; mean and half of its 95 % interval over seeds" if seeds else ""
+    laid = Table(caption=caption, box=None, padding=(0, 1, 0, 0), header_style="bold")
     laid.add_column("run", overflow="fold")
-    for title in ("seeds", *metrics, *(f"{metric} difference" for metric in main)):
-        laid.add_column(title, justify="right")
-    for title in ("up", "fewer up", "down", "fewer in all", "time"):
-        laid.add_column(title, justify="right")
+    for title in (*metrics, *(f"{metric}\nchange" for metric in main)):
+        laid.add_column(title, justify="right", no_wrap=True)
+    for title in ("up", "fewer\nup", "down", "fewer\nin all", "time"):
+        laid.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         laid.add_row(
-            row["name"] + _unfinished(row["runs"]),
-            str(len(row["runs"])),
+            row["name"] + _unfinished(row["runs"]) + (f"\n{len(row['runs'])} seeds" if seeds else ""),
             *(_cell(row[metric]) for metric in metrics),
             *(_cell(row["difference"][metric], "+.4f") for metric in main),
             human_bytes(row["bytes_up"]),
@@ -223,7 +223,7 @@ def _cell(value: Mapping[str, Any] | None, form: str = ".4f") -> str:
     if value is None:
         return "-"
     mean = format(value["mean"], form)
-    return mean if value["low"] is None else f"{mean}\n[{value['low']:{form}}, {value['high']:{form}}]"
+    return mean if value["low"] is None else f"{mean}\n±{(value['high'] - value['low']) / 2:.4f}"
 
 
 def _times(ratio: float | None) -> str:

@@ -123,7 +123,7 @@ def test_the_table_shows_intervals_of_repeats(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / f"s{s}", (0.9 + s / 100,), seed=s).folder for s in range(3)]
     text = _printed(folders)
     expected = stats.ttest_1samp([0.90, 0.91, 0.92], 0.0).confidence_interval(0.95)
-    assert f"[{expected.low:.4f}, {expected.high:.4f}]" in text
+    assert f"±{(expected.high - expected.low) / 2:.4f}" in text
     assert "95 % interval" in text
 
 
