@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,11 @@ class Watcher:
                 self.console.print(self._line(record), highlight=False)
 
     def _metric(self) -> str:
-        perplexed = any("perplexity" in record.metrics for record in self._rounds)
+        perplexed = any("perplexity" in _measured(record) for record in self._rounds)
         return "perplexity" if perplexed else "accuracy"
 
     def _cells(self, record: Round) -> list[str]:
-        metrics = record.metrics or record.details.get("initial", {})
+        metrics = _measured(record)
         errors = [record.details[name] for name in _ERRORS if name in record.details]
         up, dense = self._dense.get(record.round, (0, 0))
         return [
@@ -135,6 +135,12 @@ class Watcher:
             f"up {up}{f' ({ratio} fewer)' if ratio else ''}  down {down}  "
             f"{f'error {error}  ' if error else ''}clients {clients}  {seconds}"
         )
+
+
+def _measured(record: Round) -> Mapping[str, float]:
+    """What the server measured: before the first round on the tensors that all start from."""
+    initial: Mapping[str, float] = record.details.get("initial", {})
+    return record.metrics or initial
 
 
 def _lost(record: Round) -> bool:
