@@ -38,7 +38,9 @@ class Experiment:
 
 EXPERIMENTS = {
     "lora": Experiment(
-        ("quickstart", "lora-30x", "lora-int4", "lora-lowrank", "quickstart-full"),
+        ("quickstart", "lora-30x"),
+        once=("lora-int4", "lora-lowrank", "lora-mixed-ranks", "quickstart-full"),
+        measured=("data.test_fraction=0.4", "evaluation.every=8"),
         paper=("model.name=roberta-base", "data.name=fancyzhx/ag_news", "clients=100", "server.sample=10"),
     ),
     "fwdllm": Experiment(
