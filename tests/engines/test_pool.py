@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -73,14 +74,22 @@ def test_no_worker_outlives_the_run(
     assert 0 < rounds_of(folder) < LONG
 
 
-def test_workers_are_cores_but_no_more_than_a_round_needs(tiny_encoder: Path, tiny_texts: Path) -> None:
+def test_workers_are_cores_but_no_more_than_memory_and_a_round_allow(
+    tiny_encoder: Path, tiny_texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = configuration(tiny_encoder, tiny_texts)
     before = torch.get_num_threads()
+    free = SimpleNamespace(available=100 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     try:
         torch.set_num_threads(2)
         assert (workers_for(config), workers_for(config, threads=2)) == (2, 1)
         torch.set_num_threads(16)
         assert workers_for(config) == config.cohort == 3
+        free.available = 5 * 2**30
+        assert workers_for(config) == 2
+        free.available = 0
+        assert workers_for(config) == 1
     finally:
         torch.set_num_threads(before)
 
