@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
+from flwr.supercore.corestate import in_memory_corestate, sql_corestate
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
-from fedllm.processes import die_with_parent
+from fedllm.processes import allow_slow_starts, die_with_parent
 
 __all__ = ["Pace", "main"]
 
@@ -36,6 +37,7 @@ class Pace:
 def main() -> None:
     """Run ``flower-supernode`` with this process's arguments."""
     die_with_parent()
+    allow_slow_starts(in_memory_corestate, sql_corestate)
     vars(start_client_internal)["time"] = Pace()
     flower_supernode()
 

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
-__all__ = ["Child", "Kept", "die_with_parent", "interruptible", "open_log"]
+__all__ = ["Child", "Kept", "allow_slow_starts", "die_with_parent", "interruptible", "open_log"]
 
 LOG_BYTES = 5_000_000
 LOG_FILES = 4
@@ -173,6 +174,16 @@ class Kept:
 def _path() -> str:
     # Flower starts its own commands by bare name, also where the virtual environment is not activated.
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def allow_slow_starts(*corestates: ModuleType) -> None:
+    """Give what Flower starts for a task two minutes to report; its own 30 s can end in ever more processes.
+
+    On a busy or slow machine a Python process can take that long to start. Flower then starts another for the
+    same task and refuses the first. Heartbeats keep their 60 s: patience times interval.
+    """
+    for corestate in corestates:
+        vars(corestate).update(HEARTBEAT_DEFAULT_INTERVAL=120, HEARTBEAT_PATIENCE=0.5)
 
 
 def die_with_parent(grace: float = 5.0) -> None:

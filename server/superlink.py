@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ipaddress
 
+from flwr.supercore.corestate import in_memory_corestate, sql_corestate
 from flwr.superlink import extensions
 from flwr.superlink.cli.flower_superlink import flower_superlink
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedllm.processes import die_with_parent
+from fedllm.processes import allow_slow_starts, die_with_parent
 
 __all__ = ["OnlyNodesFromOutside", "main"]
 
@@ -49,6 +50,7 @@ def _is_local(scope: Scope) -> bool:
 def main() -> None:
     """Run ``flower-superlink`` with this process's arguments behind the middleware."""
     die_with_parent()
+    allow_slow_starts(in_memory_corestate, sql_corestate)
     # Flower's own hook for middleware; its enterprise package is the only other one to fill it.
     extensions.get_middleware = lambda: (Middleware(OnlyNodesFromOutside),)
     flower_superlink()

@@ -12,12 +12,14 @@ from pathlib import Path
 import filelock
 import psutil
 import pytest
+from flwr.common import constant
+from flwr.supercore.corestate import in_memory_corestate, sql_corestate
 
 from client.checks import Bundle
 from client.device import Device, join
 from client.supernode import Pace
 from fedllm.errors import ConfigError
-from fedllm.processes import Child, Kept, open_log
+from fedllm.processes import Child, Kept, allow_slow_starts, open_log
 from fedllm.resources import resident_bytes
 from server.provision import provision
 from tests.deployment.conftest import free_port, until
@@ -120,6 +122,19 @@ def test_the_pace_follows_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for pause in slept[1:]:
         assert pause <= max(0.1, 0.1 * waited) + 1e-9
         waited += pause
+
+
+def test_slow_starts_have_time_and_heartbeats_stay_as_flower_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for corestate in (in_memory_corestate, sql_corestate):
+        # Fails where a later Flower calls them otherwise.
+        monkeypatch.setattr(corestate, "HEARTBEAT_DEFAULT_INTERVAL", constant.HEARTBEAT_DEFAULT_INTERVAL)
+        monkeypatch.setattr(corestate, "HEARTBEAT_PATIENCE", constant.HEARTBEAT_PATIENCE)
+        before = corestate.HEARTBEAT_PATIENCE * corestate.HEARTBEAT_DEFAULT_INTERVAL
+        allow_slow_starts(corestate)
+        assert before == corestate.HEARTBEAT_PATIENCE * corestate.HEARTBEAT_DEFAULT_INTERVAL
+        assert corestate.HEARTBEAT_DEFAULT_INTERVAL == 120
 
 
 def test_restarts_come_ever_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
