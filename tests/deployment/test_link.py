@@ -87,6 +87,7 @@ def test_a_stranger_is_refused_and_a_revoked_node_is_dropped(keys: Keys, tmp_pat
             assert idle_run(link.control, 1).outcome == "completed"
 
 
+@pytest.mark.soak
 def test_without_keys_anybody_may_join_and_commands_know_it(keys: Keys, tmp_path: Path) -> None:
     folder, bundles = keys(1)
     with open_link(folder, insecure=True) as link:

@@ -35,6 +35,7 @@ def allowed() -> bool:
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.timeout(600),
     pytest.mark.skipif(not allowed(), reason="this user may not make network namespaces"),
 ]
