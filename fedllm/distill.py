@@ -35,8 +35,8 @@ __all__ = [
     "predictions",
 ]
 
-SMALLEST_SCALE = 1.0
-"""D is held above this, so that what the models learn from each other never outweighs their task losses."""
+SMALLEST_SCALE = 2.0
+"""D is held above this: what the models learn from each other weighs half of their own tasks at most."""
 
 LITERAL_SCALE = 1e-2
 """The same where the paper is read literally: low enough to let D fall, high enough to divide by."""

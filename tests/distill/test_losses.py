@@ -147,8 +147,8 @@ def test_every_term_of_a_small_case_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize(("literal", "weight"), [(False, 1.0), (True, 10.0)])
-def test_a_batch_that_both_models_fit_never_outweighs_the_task(literal: bool, weight: float) -> None:
+@pytest.mark.parametrize(("literal", "weight"), [(False, 0.5), (True, 10.0)])
+def test_a_batch_that_both_models_fit_weighs_half_at_most(literal: bool, weight: float) -> None:
     """Task losses of 0.05 make D = 0.1; only the literal reading multiplies the distillation terms by ten."""
     views = [View(torch.tensor(0.05), torch.zeros(1, 2), (torch.full((1, 1, 1), h),)) for h in (3.0, 1.0)]
     objective = Distillation(attention=False, literal=literal)

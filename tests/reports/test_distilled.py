@@ -72,7 +72,7 @@ def test_fedkd_compresses_updates_both_ways_with_feedback_and_the_literal_run_wi
     preset, literal, alone = (_preset(name) for name in ("fedkd", "fedkd-literal", "student-alone"))
     for text in (preset.codec.up, preset.codec.down):
         assert text.startswith("error_feedback(low_rank(energy=")
-        assert "| quantize(bits=5) |" in text
+        assert "| quantize(bits=4) |" in text
     assert (preset.options["embeddings"], preset.options["literal"]) == ("frozen", False)
     assert all(preset.options[term] for term in ("teacher", "mutual", "hidden", "attention"))
     assert literal.codec.up == literal.codec.down == 'low_rank(energy="0.95->0.98")'
