@@ -195,14 +195,14 @@ def table(comparison: Mapping[str, Any]) -> Table:
     caption = f"ratios and change against {comparison['reference']}"
     caption += "; mean and half of its 95 % interval over seeds" if seeds else ""
     laid = Table(caption=caption, box=None, padding=(0, 1, 0, 0), header_style="bold")
-    laid.add_column("run", overflow="fold")
+    laid.add_column("run", overflow="fold", min_width=12)
     for title in (*metrics, *(f"{metric}\nchange" for metric in main)):
         laid.add_column(title, justify="right", no_wrap=True)
     for title in ("up", "fewer\nup", "down", "fewer\nin all", "time"):
         laid.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         laid.add_row(
-            row["name"] + _unfinished(row["runs"]) + (f"\n{len(row['runs'])} seeds" if seeds else ""),
+            row["name"] + _unfinished(row["runs"]) + (f"\n{_seeds(row['runs'])}" if seeds else ""),
             *(_cell(row[metric]) for metric in metrics),
             *(_cell(row["difference"][metric], "+.4f") for metric in main),
             human_bytes(row["bytes_up"]),
@@ -212,6 +212,10 @@ def table(comparison: Mapping[str, Any]) -> Table:
             human_seconds(row["seconds"]),
         )
     return laid
+
+
+def _seeds(runs: Sequence[Any]) -> str:
+    return f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
 
 
 def _unfinished(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -227,7 +231,7 @@ def _cell(value: Mapping[str, Any] | None, form: str = ".4f") -> str:
 
 
 def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.3g}x"
+    return "-" if ratio is None else f"{ratio:.3g}x" if ratio >= 0.1 else f"{ratio:.1g}x"
 
 
 def draw(folders: Sequence[Path], out: Path) -> list[Path]:
