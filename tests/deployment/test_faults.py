@@ -27,7 +27,7 @@ from tests.deployment.federation import (
     quantised,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,6 @@ def test_a_killed_server_app_is_resumed(
     ends_right(again, three.finish(again), config, tmp_path)
 
 
-@pytest.mark.soak
 def test_a_killed_superlink_loses_nothing(
     three: Federation, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
@@ -94,7 +93,6 @@ def test_a_killed_superlink_loses_nothing(
     ends_right(again, three.finish(again), config, tmp_path)
 
 
-@pytest.mark.soak
 def test_a_node_leaves_and_comes_back_with_its_residuals(
     three: Federation, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
@@ -113,7 +111,6 @@ def test_a_node_leaves_and_comes_back_with_its_residuals(
     assert "state_lost" not in outcomes(run, 2)[5].metrics
 
 
-@pytest.mark.soak
 def test_a_hostile_node_spoils_nothing(
     three: Federation, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
@@ -136,7 +133,6 @@ def test_a_hostile_node_spoils_nothing(
     assert "resume" not in told[6][1]
 
 
-@pytest.mark.soak
 def test_a_third_of_all_replies_is_lost(
     three: Federation, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
@@ -151,7 +147,6 @@ def test_a_third_of_all_replies_is_lost(
     assert min(map(len, counted(run).values())) < 3
 
 
-@pytest.mark.soak
 def test_a_wrong_clock_keeps_one_node_out_and_nobody_else(three: Federation) -> None:
     three.leave(2)
     three.join(2, ahead=60.0, wait=False)
