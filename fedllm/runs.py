@@ -133,6 +133,12 @@ class Run:
                 select(connection, Event, "events", "WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
             )
 
+    def newest_events(self, limit: int = 1000) -> list[Event]:
+        """Return the last lines of the log, oldest first."""
+        with disk_errors(self.folder), connect(self.folder) as connection:
+            found = list(select(connection, Event, "events", "ORDER BY id DESC LIMIT ?", (limit,)))
+        return found[::-1]
+
     def node_logs(self, after: int = 0, *, node: int | None = None, limit: int = 1000) -> list[NodeLog]:
         """What nodes told from their own logs, with an ``id`` above ``after``, oldest first."""
         where, values = _where(node=node)

@@ -171,7 +171,7 @@ def _folder(federation: Path, name: str) -> Path:
 
 
 def _reason(stored: StoredRun) -> str:
-    failures = [event.message for event in stored.events() if event.kind == "failed"]
+    failures = [event.message for event in stored.newest_events() if event.kind == "failed"]
     return failures[-1] if failures else f"the run was {stored.status}"
 
 

@@ -54,6 +54,7 @@ def render(run: Run, figures: Mapping[str, tuple[str, Figure]]) -> str:
     environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "number": number, "less": _less}
     rounds = run.rounds()
     nodes = run.nodes()
+    events = run.newest_events()
     lost = [row for row in nodes if row.status not in ("accepted", "unused")]
     return environment.get_template("report.html").render(
         summary=run.summary,
@@ -71,8 +72,8 @@ def render(run: Run, figures: Mapping[str, tuple[str, Figure]]) -> str:
         lost=lost[:_REASONS_SHOWN],
         lost_total=len(lost),
         reasons=Counter(row.reason or row.status for row in lost).most_common(10),
-        events=[event for event in run.events() if event.kind not in ("finished", "stopped")][-50:],
-        verdict=next((e.message for e in reversed(run.events()) if e.kind == run.status), None),
+        events=[event for event in events if event.kind not in ("finished", "stopped")][-50:],
+        verdict=next((e.message for e in reversed(events) if e.kind == run.status), None),
     )
 
 

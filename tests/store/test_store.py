@@ -408,6 +408,8 @@ def test_events_and_phase(tmp_path: Path) -> None:
             ("failed", "quorum lost in round 2", {}),
         ]
         assert run.events(after=events[0].id) == events[1:]
+        assert run.newest_events() == events
+        assert run.newest_events(limit=1) == events[-1:]
 
 
 def test_traffic_agrees_with_plain_sql(tmp_path: Path) -> None:
