@@ -27,10 +27,15 @@ app = typer.Typer()
 PANEL = "Simulations and results"
 
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes that answer for the clients; default one per core.")
+    int | None,
+    typer.Option(min=1, help="Processes that answer for the clients; default 1, on Ray one per core."),
 ]
 Threads = Annotated[
-    int, typer.Option(min=1, help="Torch threads of each client; the last bits of a run depend on it.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Torch threads of each client, on which a run's last bits depend; default a worker's share.",
+    ),
 ]
 
 
@@ -41,7 +46,7 @@ def simulate(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
     engine: Annotated[str, typer.Option(help="loopback (in this process) or flower (Ray).")] = "loopback",
     workers: Workers = None,
-    threads: Threads = 1,
+    threads: Threads = None,
     seeds: Annotated[str | None, typer.Option(help="Repeat over seeds, e.g. 0..4.")] = None,
     baseline: Annotated[str | None, typer.Option(help="local or central: no federation, same split.")] = None,
     dry_run: Annotated[
@@ -93,7 +98,7 @@ def resume(
     run_dir: RunDir,
     engine: Annotated[str, typer.Option(help="loopback or flower.")] = "loopback",
     workers: Workers = None,
-    threads: Threads = 1,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a run after a stop, a crash or a kill: the numbers come out as if it had never stopped."""
@@ -119,9 +124,11 @@ def _simulate(
     folder: Path,
     engine: str,
     workers: int | None,
-    threads: int,
+    threads: int | None,
     track: Sequence[str] = (),
 ) -> None:
+    import torch
+
     from fedllm import trackers
     from fedllm.live import watching
     from simulations import flower, loopback
@@ -129,8 +136,12 @@ def _simulate(
     logging.getLogger("flwr").setLevel(logging.WARNING)
     _say_what_is_logged()
     with trackers.opened(track, folder, config) as opened, watching(folder, console, opened):
-        run = flower.simulate if engine == "flower" else loopback.simulate
-        run(config, folder, workers or loopback.workers_for(config, threads), threads)
+        cores = torch.get_num_threads()
+        if engine == "flower":
+            flower.simulate(config, folder, workers or cores, threads or 1)
+        else:
+            workers = workers or 1
+            loopback.simulate(config, folder, workers, threads or max(1, cores // workers))
 
 
 def _say_what_is_logged() -> None:
@@ -303,7 +314,7 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce-NAME.")] = None,
     overrides: Override = None,
     workers: Workers = None,
-    threads: Threads = 1,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a paper's experiment and its references over seeds; it goes on where it was interrupted."""
@@ -338,6 +349,7 @@ def bench(
         str, typer.Argument(help="aggregation, codecs, deployment, distill, memory or simulation.")
     ],
     fuzz: Annotated[int, typer.Option(help="codecs: also decode this many mutated payloads.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="codecs: draw error against bits a value as PNG.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what the documentation states, side by side with what it is compared to."""
@@ -350,7 +362,10 @@ def bench(
     if what not in names:
         raise ConfigError(f"there is no benchmark {what!r}; benchmarks are {', '.join(names)}")
     options = {"fuzz": fuzz} if what == "codecs" else {}
-    found = import_module(f"simulations.bench.{what}").run(**options)
+    benchmark = import_module(f"simulations.bench.{what}")
+    found = benchmark.run(**options)
+    if plot is not None and what == "codecs":
+        benchmark.draw(found, plot)
     if as_json:
         print(json.dumps(found, indent=2))
     else:

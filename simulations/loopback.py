@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -36,23 +35,9 @@ from fedllm.processes import die_with_parent
 from server.app import app as server_app
 from strategies.workshop import open_workshop
 
-__all__ = ["LoopbackGrid", "simulate", "workers_for"]
+__all__ = ["LoopbackGrid", "simulate"]
 
 _RUN_ID = 1
-_WORKER_BYTES = 2 * 2**30
-
-
-def workers_for(config: RunConfig, threads: int = 1) -> int:
-    """Return how many workers keep this host busy: no more than cores, memory or a round's clients allow.
-
-    Cores are what torch would use by itself, so that ``OMP_NUM_THREADS`` and a container's share count. Each
-    worker holds the model once and is given 2 GiB of free memory. One worker where there is an accelerator:
-    clients take turns on it.
-    """
-    if torch.cuda.is_available():
-        return 1
-    room = psutil.virtual_memory().available // _WORKER_BYTES
-    return max(1, min(torch.get_num_threads() // threads, room, config.cohort))
 
 
 def simulate(config: RunConfig, folder: Path, workers: int = 1, threads: int = 1) -> None:

@@ -10,15 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 
 import psutil
 import pytest
-import torch
 
 from fedllm.errors import RunFailed
 from fedllm.runs import Run
-from simulations.loopback import simulate, workers_for
+from simulations.loopback import simulate
 from tests.rounds.federation import configuration
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -72,26 +70,6 @@ def test_no_worker_outlives_the_run(
         os.killpg(caller.pid, ending) if ending == signal.SIGINT else caller.kill()
     wait_until(lambda: not any(worker.is_running() for worker in workers))
     assert 0 < rounds_of(folder) < LONG
-
-
-def test_workers_are_cores_but_no_more_than_memory_and_a_round_allow(
-    tiny_encoder: Path, tiny_texts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = configuration(tiny_encoder, tiny_texts)
-    before = torch.get_num_threads()
-    free = SimpleNamespace(available=100 * 2**30)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    try:
-        torch.set_num_threads(2)
-        assert (workers_for(config), workers_for(config, threads=2)) == (2, 1)
-        torch.set_num_threads(16)
-        assert workers_for(config) == config.cohort == 3
-        free.available = 5 * 2**30
-        assert workers_for(config) == 2
-        free.available = 0
-        assert workers_for(config) == 1
-    finally:
-        torch.set_num_threads(before)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
