@@ -55,7 +55,8 @@ def test_an_app_that_does_not_exist_is_a_failed_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_outlives_the_caller(tmp_path: Path, ending: signal.Signals) -> None:
     script = (
-        "import sys; from pathlib import Path; from tests.engines.test_flower import *\n"
+        "import signal, sys; from pathlib import Path; from tests.engines.test_flower import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs\n"
         "folder = Path(sys.argv[1])\n"
         "run_app(ECHO, run_config(folder, 'hang'), NODES, folder / 'flower.log', workers=1)\n"
     )

@@ -28,7 +28,7 @@ LONG = 400
 def test_a_run_whose_worker_was_killed_says_how_to_go_on_and_does(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
-    config = configuration(tiny_encoder, tiny_texts, rounds=12)
+    config = configuration(tiny_encoder, tiny_texts, rounds=30)
     simulate(config, tmp_path / "undisturbed")
     folder = tmp_path / "killed"
 
@@ -54,7 +54,8 @@ def test_no_worker_outlives_the_run(
     (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8")
     folder = tmp_path / "run"
     script = (
-        "import sys; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs\n"
         "from fedllm.config import RunConfig; from simulations.loopback import simulate\n"
         "if __name__ == '__main__':\n"
         "    config = RunConfig.from_json(Path(sys.argv[1]).read_text())\n"
