@@ -361,10 +361,12 @@ def bench(
     names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.ispkg)
     if what not in names:
         raise ConfigError(f"there is no benchmark {what!r}; benchmarks are {', '.join(names)}")
+    if what != "codecs" and (fuzz or plot):
+        raise ConfigError(f"--fuzz and --plot belong to fedllm bench codecs, not to {what}")
     options = {"fuzz": fuzz} if what == "codecs" else {}
     benchmark = import_module(f"simulations.bench.{what}")
     found = benchmark.run(**options)
-    if plot is not None and what == "codecs":
+    if plot is not None:
         benchmark.draw(found, plot)
     if as_json:
         print(json.dumps(found, indent=2))
