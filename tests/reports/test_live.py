@@ -21,7 +21,8 @@ def test_each_round_is_one_line_off_a_terminal(tmp_path: Path) -> None:
         store.round(
             Round(round=0, seconds=1.0, details=start), [], [Entry(0, 0, "up", "describe", "metrics", 100)]
         )
-        watcher.update(folder)
+        watcher.update(folder)  # finds the run
+        watcher.update(folder)  # shows what is in it
         told = {"error_up": 0.25, "error_down": 0.012}
         record = Round(
             round=1,
