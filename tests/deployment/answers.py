@@ -6,19 +6,17 @@ import dataclasses
 import errno
 import math
 import os
+import struct
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest import mock
 
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedllm import wire
+from fedllm.codecs.base import _HEADER, VERSION, _checksum
 from fedllm.config import RunConfig
 from fedllm.errors import DataError
-
-if TYPE_CHECKING:
-    from strategies.base import Answer
 
 MOMENT_SECONDS = 1.0
 BEHAVIOUR, WORKING = "behaviour", "working"
@@ -78,12 +76,10 @@ def hostile(request: bytes, instruction: wire.Instruction, config: RunConfig) ->
     if instruction.round == 6:
         with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
             return answer_bytes(request)
-    if instruction.round == 2:
-        # A well-formed payload of NaN: the codec on this side would refuse to write it.
-        with mock.patch("client.worker._clip", _poison), mock.patch("fedllm.codecs.base.require_finite"):
-            return answer_bytes(request)
     reply = wire.unpack_reply(wire.decode(answer_bytes(request)))
     payload = reply.payload
+    if instruction.round == 2:
+        payload = _poisoned(payload)
     if instruction.round == 3:
         payload = payload[:-8]
     if instruction.round == 4:
@@ -93,9 +89,12 @@ def hostile(request: bytes, instruction: wire.Instruction, config: RunConfig) ->
     return wire.encode(wire.pack_reply(dataclasses.replace(reply, payload=payload)))
 
 
-def _poison(answered: Answer, limit: float | None) -> Answer:
-    tensors = {name: tensor * math.nan for name, tensor in answered.tensors.items()}
-    return dataclasses.replace(answered, tensors=tensors)
+def _poisoned(payload: bytes) -> bytes:
+    """Make the first scale NaN, and the checksum right again: no codec would write that."""
+    _, identity, _ = _HEADER.unpack_from(payload)
+    flag, scales = payload[_HEADER.size : _HEADER.size + 1], payload[_HEADER.size + 1 :]
+    body = flag + struct.pack("<f", math.nan) + scales[4:]
+    return _HEADER.pack(VERSION, identity, _checksum(identity, [body])) + body
 
 
 def _claim(size: int) -> RecordDict:
