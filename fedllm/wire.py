@@ -266,10 +266,11 @@ def _payload(content: RecordDict) -> bytes:
         return b""
     if not isinstance(arrays, ArrayRecord) or list(arrays) != [_PAYLOAD]:
         raise WireError("the payload is not a single array")
-    data = arrays[_PAYLOAD].data
-    if not isinstance(data, bytes):
-        raise WireError("the payload is not bytes")
-    return data
+    array = arrays[_PAYLOAD]
+    if not isinstance(array.data, bytes) or (array.dtype, list(array.shape)) != ("uint8", [len(array.data)]):
+        claimed = f"{array.dtype} {list(array.shape)}"
+        raise WireError(f"the payload claims to be {claimed} and has {len(array.data)} bytes")
+    return array.data
 
 
 def _header(content: RecordDict) -> ConfigRecord:

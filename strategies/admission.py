@@ -22,6 +22,8 @@ __all__ = ["Admission"]
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 """A node that was not admitted is asked again after so long, twice as long each time."""
+_QUESTIONS = 4
+"""Times that a silent node is asked within a deadline: its introduction may have got lost."""
 _POLL_S = 0.5
 
 
@@ -110,7 +112,7 @@ class Admission:
                 self._store.event("joined", f"client {member.node}", node=member.node, device=device)
 
         messages = (Message(content, node, "train", group_id="describe") for node in strangers)
-        deadline = self._config.server.deadline_s
+        deadline = self._config.server.deadline_s / _QUESTIONS
         converse(grid, messages, receive=receive, enough=lambda: False, deadline_s=deadline)
 
     def _refuse(self, flower_id: int, reason: str) -> None:

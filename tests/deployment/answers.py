@@ -83,7 +83,7 @@ def hostile(request: bytes, instruction: wire.Instruction, config: RunConfig) ->
     if instruction.round == 3:
         payload = payload[:-8]
     if instruction.round == 4:
-        return wire.encode(_claim(10_000_000_000))
+        return wire.encode(_claim(2_000_000_000))
     if instruction.round == 5:
         time.sleep(1.2 * config.server.deadline_s)
     return wire.encode(wire.pack_reply(dataclasses.replace(reply, payload=payload)))
@@ -97,8 +97,8 @@ def _poisoned(payload: bytes) -> bytes:
     return _HEADER.pack(VERSION, identity, _checksum(identity, [body])) + body
 
 
-def _claim(size: int) -> RecordDict:
-    """A reply whose array claims more bytes than it has."""
+def _claim(values: int) -> RecordDict:
+    """A reply whose array claims eight bytes for each of so many values, and has three."""
     content = wire.pack_reply(wire.Reply(4, 0, 10, {}, payload=b"few"))
-    content["p"] = ArrayRecord({"x": Array(dtype="uint8", shape=(size,), stype="raw", data=b"few")})
+    content["p"] = ArrayRecord({"x": Array(dtype="float64", shape=(values,), stype="raw", data=b"few")})
     return content

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Array, Error, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from client.place import CONFIG_KEY, FOLDER_KEY
@@ -164,11 +164,21 @@ def nan_payload(message: Message) -> Message:
     return altered(message, payload=bytes(payload))
 
 
+def claim(message: Message) -> Message:
+    """A payload that says it is 16 GB."""
+    content = altered(message, payload=b"few").content
+    (part,) = [part for part in content.array_records.values() for _ in part]
+    (name,) = part
+    part[name] = Array(dtype="float64", shape=(2_000_000_000,), stype="raw", data=b"few")
+    return Message(content, reply_to=asked(message))
+
+
 HOSTILE: dict[str, tuple[Fault, str, str]] = {
     "crash": (lambda m: Message(Error(0, "boom"), reply_to=asked(m)), "failed", "boom"),
     "says so": (lambda m: altered(m, error="out of memory"), "failed", "out of memory"),
     "nan": (nan_payload, "rejected", "NaN"),
     "short": (lambda m: altered(m, payload=b"1234"), "rejected", "bytes"),
+    "claim": (claim, "rejected", "claims to be float64 [2000000000] and has 3 bytes"),
     "no record": (lambda m: Message(RecordDict(), reply_to=asked(m)), "rejected", "header"),
     "greedy": (lambda m: altered(m, examples=10**9), "rejected", "claims"),
     "wrong round": (lambda m: altered(m, round=99), "rejected", "answers exchange"),
@@ -223,6 +233,21 @@ def test_a_round_that_succeeds_at_the_second_attempt_changes_no_bit(
     summary = run(config.model_copy(update={"server": hurried}), tmp_path / "run", lose_six)
     assert summary["state_sha256"] == sha(undisturbed)
     assert summary["failures"] == 3
+
+
+def test_a_lost_introduction_is_asked_for_again(config: RunConfig, undisturbed: Path, tmp_path: Path) -> None:
+    met: list[int] = []
+
+    def lose_the_first(message: Message) -> Message | None:
+        if message.metadata.group_id == "describe":
+            met.append(message.metadata.src_node_id)
+            return message if len(met) > 1 else None
+        return message
+
+    hurried = config.server.model_copy(update={"deadline_s": 6.0})
+    summary = run(config.model_copy(update={"server": hurried}), tmp_path / "run", lose_the_first)
+    assert summary["state_sha256"] == sha(undisturbed)
+    assert sorted(met) == sorted([met[0], *range(1, 7)])
 
 
 def test_over_selected_clients_are_not_waited_for(config: RunConfig, tmp_path: Path) -> None:
