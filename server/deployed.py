@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import httpx
@@ -14,12 +15,16 @@ from server.submit import log_of, numbers
 
 __all__ = ["keep_log", "traffic"]
 
+logger = logging.getLogger(__name__)
+
 
 def keep_log(federation: Path, run: str) -> None:
-    """Write what Flower and Python log in this process to a bounded file as well."""
+    """Write what Flower, fedllm and Python log in this process to a bounded file as well."""
     for handler in open_log(log_of(federation, run)).handlers:
-        for logger in (logging.getLogger(), logging.getLogger("flwr")):
-            logger.addHandler(handler)
+        logging.getLogger().addHandler(handler)
+    for package in ("fedllm", "strategies", "server"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    logger.info("process %d conducts the run %s", os.getpid(), run)
 
 
 def traffic(federation: Path, run: str) -> tuple[int | None, int | None]:

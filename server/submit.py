@@ -44,13 +44,18 @@ def submit(federation: Path, control: Control, config: RunConfig) -> Submitted:
         config: the resolved configuration.
 
     Raises:
-        ConfigError: a run of this name is there already.
+        ConfigError: a run of this name is there already, or is starting.
     """
     folder = federation.resolve() / "runs" / config.name
     if (folder / FILE).exists():
         raise ConfigError(
             f"{folder} holds a run already; choose another name (--set name=...), "
             f"or go on with it: fedllm run --resume {config.name}"
+        )
+    sessions = numbers(federation).get(config.name)
+    if sessions and control.run(sessions[-1]).status != "finished":
+        raise ConfigError(
+            f"{config.name} was submitted a moment ago and is starting; choose another name (--set name=...)"
         )
     folder.parent.mkdir(exist_ok=True)
     return _start(federation, control, config, folder)

@@ -174,9 +174,10 @@ def _overview(folder: Path) -> Overview:
     try:
         return _read_overview(folder)
     except FedllmError as error:
-        return Overview(
-            name=folder.name, state="unreadable", reason=str(error), changed_at=_changed_at(folder)
-        )
+        # A run appears with its database; its summary follows within a moment.
+        begins = isinstance(error.__cause__, FileNotFoundError) and run_lock.holder(folder) is not None
+        state, reason = ("starting", "") if begins else ("unreadable", str(error))
+        return Overview(name=folder.name, state=state, reason=reason, changed_at=_changed_at(folder))
 
 
 def _read_overview(folder: Path) -> Overview:

@@ -210,6 +210,16 @@ def test_a_damaged_run_is_shown_not_hidden(desk: Desk, operator: TestClient) -> 
     assert (row["state"], "damaged" in row["reason"]) == ("unreadable", True)
 
 
+def test_a_run_seen_between_its_database_and_its_summary_is_starting(
+    desk: Desk, operator: TestClient
+) -> None:
+    with open_run(desk) as store:
+        (store.folder / "summary.json").unlink()
+        assert operator.get("/api/runs").json()[0]["state"] == "starting"
+    row = operator.get("/api/runs").json()[0]
+    assert (row["state"], "fedllm resume" in row["reason"]) == ("unreadable", True)
+
+
 def test_metrics_say_what_the_store_says(desk: Desk, operator: TestClient) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
