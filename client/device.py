@@ -178,7 +178,7 @@ def _tend(
     ticks = 0
     reason = device.reason_to_pause()
     while not stop.is_set():
-        if ticks % 40 == 39:
+        if ticks % 20 == 19:
             reason = device.reason_to_pause()
         if reason and not processes.progress.busy:
             processes.supernode.stop()
@@ -186,11 +186,11 @@ def _tend(
         else:
             _revive(device, processes, report)
         line = _line(device, processes, reason)
-        if line != shown and (ticks % 4 == 0 or not shown):
+        if line != shown and (ticks % 2 == 0 or not shown):
             status(line)
             shown = line
         ticks += 1
-        stop.wait(0.25)
+        stop.wait(0.5)
 
 
 def _revive(device: Device, processes: _Processes, report: Callable[[str], None]) -> None:
@@ -252,7 +252,7 @@ def _prepare(device: Device, worker_socket: Path, log: logging.Logger) -> _Proce
         "FLWR_HOME": str(device.state.resolve() / "flower"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     }
     command = _supernode_command(device, node)
     supernode = Kept(

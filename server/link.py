@@ -178,7 +178,7 @@ def _start(federation: Federation, bind: str, insecure: bool) -> Child:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         FEDERATION: str(folder),
     }
     return Child(command, environment, open_log(state / "superlink.log"))

@@ -23,7 +23,7 @@ from server.provision import provision
 from tests.deployment.conftest import free_port, until
 from tests.deployment.unlucky import start_device
 
-pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FEDLLM = [sys.executable, "-c", "from fedllm.cli import main; main()"]
 OWN_TEXTS = 60
