@@ -36,7 +36,7 @@ __all__ = [
     "require_finite",
 ]
 
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<BII")
 HEADER_BYTES = _HEADER.size + 1
 """What a message may exceed the uncompressed tensors by: the frame, and a byte that says if it is coded."""

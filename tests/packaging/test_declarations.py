@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,35 @@ def test_bundled_packages_are_pinned_and_installed() -> None:
 
 def test_torch_is_pinned_without_a_local_build() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", pins("constraints.txt")["torch"])
+
+
+def closure() -> set[str]:
+    """Return ``name==version`` of all that fedllm needs without extras, as installed, on arm64."""
+    found: dict[str, str] = {}
+
+    def walk(text: str) -> None:
+        needed = Requirement(text)
+        here = needed.marker is None or needed.marker.evaluate({"extra": "", "platform_machine": "aarch64"})
+        if here and needed.name not in found:
+            found[needed.name] = version(needed.name).split("+")[0]
+            for further in requires(needed.name) or []:
+                walk(further)
+
+    for text in PROJECT["project"]["dependencies"]:
+        walk(text)
+    return {f"{name}=={number}" for name, number in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_all_that_a_device_needs_is_built_for_arm64(tmp_path: Path) -> None:
+    """Asks the package index, and downloads nothing."""
+    tags = [f"manylinux_2_{minor}_aarch64" for minor in range(17, 35)]
+    platforms = [word for tag in ("manylinux2014_aarch64", *tags) for word in ("--platform", tag)]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed"]
+    command += ["--only-binary=:all:", "--python-version", "3.11", *platforms, "--target", str(tmp_path)]
+    asked = subprocess.run([*command, *closure()], capture_output=True, text=True, check=False)
+    assert asked.returncode == 0, asked.stderr
 
 
 @pytest.fixture
