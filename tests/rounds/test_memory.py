@@ -42,6 +42,17 @@ def test_a_stored_reply_answers_only_the_same_question(tmp_path: Path) -> None:
     assert memory.local((3, 0)) == {}  # an empty state is a state, not a lost one
 
 
+@pytest.mark.parametrize("up", ["none", "quantize(bits=8)", "error_feedback(quantize(bits=2))"])
+def test_whoever_keeps_no_tensors_has_lost_none(
+    up: str, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    config = configuration(tiny_encoder, tiny_texts, codec={"up": up}, rounds=3)
+    run(config, tmp_path / "run")
+    rows = Run(tmp_path / "run").nodes()
+    assert len({row.round for row in rows if row.exchange == "fit"}) == 3
+    assert [row for row in rows if "state_lost" in row.metrics] == []
+
+
 def test_global_versions_outlive_the_process(tmp_path: Path) -> None:
     GlobalMemory(tmp_path).put(4, 99, state(4.0), durable=True)
     again = GlobalMemory(tmp_path)
