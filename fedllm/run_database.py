@@ -91,7 +91,7 @@ class NodeRound:
         reason: one sentence where the reply did not count.
         examples: texts the client trained or evaluated on.
         loss: the client's mean training loss.
-        compute_seconds, transfer_seconds: on the client, and between the two.
+        compute_seconds, transfer_seconds: on the client, and between the two (0 in a simulation).
         update_norm: L2 norm of the decoded update.
         peak_rss_bytes: the client's resident set.
         metrics: further numbers that the client reported.

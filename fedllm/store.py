@@ -195,6 +195,17 @@ class RunStore:
         self._write_summary()
         return record
 
+    def abandon(self, nodes: Iterable[NodeRound], entries: Iterable[Entry]) -> None:
+        """Keep what the round that ends a run leaves behind: why answers did not count, and its bytes.
+
+        The round itself was not committed: :meth:`truncate` forgets these rows when the run resumes.
+        """
+        entries = list(entries)
+        with self._writing() as connection:
+            insert(connection, "node_rounds", list(nodes))
+            insert(connection, "ledger", entries)
+        self.ledger.extend(entries)
+
     def truncate(self, after_round: int) -> None:
         """Forget the rounds after ``after_round`` and set the status to ``running``: a run resumes.
 

@@ -29,9 +29,7 @@ Traffic = Callable[[], tuple[int | None, int | None]]
 """Returns the bytes up and down that a deployed transport counted; None where that is not known."""
 
 
-def conduct(
-    grid: Grid, config: RunConfig, folder: Path, *, traffic: Traffic = lambda: (None, None)
-) -> dict[str, Any]:
+def conduct(grid: Grid, config: RunConfig, folder: Path, *, traffic: Traffic | None = None) -> dict[str, Any]:
     """Conduct a run to its end and return its summary.
 
     Args:
@@ -39,7 +37,7 @@ def conduct(
         config: the run.
         folder: the run folder. A run that lies there already is continued after its last checkpoint, and the
             numbers come out as if it had never stopped.
-        traffic: asked once the run is over.
+        traffic: of a deployment, asked once the run is over; a simulation has none.
 
     Raises:
         FedllmError: what ended the run; it is also the summary's last event.
@@ -52,12 +50,12 @@ def conduct(
     with RunStore.open(folder) if begun else RunStore.create(folder, config, made) as store:
 
         def finish(status: Status, reason: str | None = None) -> dict[str, Any]:
-            up, down = traffic()
+            up, down = traffic() if traffic else (None, None)
             return store.finish(status, reason=reason, wire_up=up, wire_down=down)
 
         store.truncate(saved.number if saved else -1)
         try:
-            engine = _compose(workshop, store)
+            engine = _compose(workshop, store, networked=traffic is not None)
             if saved is not None:
                 engine.restore(saved)
             engine.start(grid)
@@ -73,7 +71,7 @@ def conduct(
         return finish("finished")
 
 
-def _compose(workshop: Workshop, store: RunStore) -> Engine:
+def _compose(workshop: Workshop, store: RunStore, *, networked: bool) -> Engine:
     """Note who holds what, and put the engine together."""
     config = workshop.config
     train, _ = workshop.split
@@ -94,6 +92,7 @@ def _compose(workshop: Workshop, store: RunStore) -> Engine:
         run=str(Run(store.folder).provenance["run"]),
         reference_bytes=reference,
         evaluate=evaluate if evaluates else None,
+        networked=networked,
     )
     engine.summary()
     return engine

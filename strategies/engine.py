@@ -49,6 +49,7 @@ class Engine(Strategy):
         run: identity of the run; clients file their state under it.
         reference_bytes: of the whole model in fp32, for the reference that every report counts against.
         evaluate: scores global tensors on the server's test set; unset means there is none.
+        networked: whether messages cross a network, so that it can be told how long they took.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine(Strategy):
         run: str,
         reference_bytes: int,
         evaluate: Callable[[Tensors], dict[str, float]] | None,
+        networked: bool,
     ) -> None:
         self.config, self.method, self.store = config, method, store
         self.state = State(0, initial)
@@ -72,7 +74,8 @@ class Engine(Strategy):
         self._courier = Courier(config, method, run)
         self._counted: dict[int, tuple[int, int]] = {}
         self._open: OpenExchange | None = None
-        self._next_log = RoundLog(0)
+        self._networked = networked
+        self._next_log = RoundLog(0, networked=networked)
         self._spoke = 0.0
         self._admission = Admission(config, self._roster, self._courier, store, self._say)
 
@@ -108,7 +111,7 @@ class Engine(Strategy):
         """Go back to the end of the round that a checkpoint holds."""
         facts, groups = saved.facts, saved.groups
         self.completed = saved.number
-        self._next_log = RoundLog(saved.number + 1)
+        self._next_log = RoundLog(saved.number + 1, networked=self._networked)
         self.state = State(facts["version"], groups["tensors"], groups["memory"])
         increments = groups["increments"]
         self._courier.downlink.first = facts["first"]
@@ -183,6 +186,7 @@ class Engine(Strategy):
                 "quorum", f"round {number} missed its quorum of {self.config.quorum}", round=number
             )
         else:
+            self.store.abandon(log.nodes, log.entries)
             raise RunFailed(
                 f"round {number} missed its quorum of {self.config.quorum} "
                 f"in {self.config.server.retries + 1} attempts: {log.last_reason}"
@@ -213,7 +217,7 @@ class Engine(Strategy):
         )
         self.store.round(record, log.nodes, log.entries)
         self._checkpoint()
-        self._next_log = RoundLog(number + 1)
+        self._next_log = RoundLog(number + 1, networked=self._networked)
 
     def _gather(
         self, grid: Grid, number: int, log: RoundLog, available: list[int]
@@ -244,13 +248,13 @@ class Engine(Strategy):
         """Hold the open exchange: ask, fold, and say who stayed silent."""
         opened = self._opened
         kind = opened.exchange.kind
-        self._say(kind, round=number, have=0, need=opened.wanted, rounds=self.config.rounds, urgent=True)
+        told: dict[str, Any] = {"round": number, "need": opened.wanted, "rounds": self.config.rounds}
+        told["closes_at"] = time.time() + self.config.server.deadline_s
+        self._say(kind, have=0, urgent=True, **told)
 
         def receive(message: Message, flower_id: int) -> Message | None:
             again = self._take(self._roster.number_of(flower_id), message)
-            self._say(
-                kind, round=number, have=len(opened.accepted), need=opened.wanted, rounds=self.config.rounds
-            )
+            self._say(kind, have=len(opened.accepted), **told)
             return again
 
         converse(

@@ -26,11 +26,13 @@ class RoundLog:
     Attributes:
         number: the round; 0 is what comes before the first.
         attempt: attempts that missed their quorum so far.
+        networked: whether messages cross a network; in a simulation they only wait for their turn.
         codec_up: bytes of uploads by what the codec's stages wrote: header, scales, codes, indices, ...
     """
 
     number: int
     attempt: int = 0
+    networked: bool = True
     entries: list[Entry] = field(default_factory=list)
     nodes: list[NodeRound] = field(default_factory=list)
     codec_up: Counter[str] = field(default_factory=Counter)
@@ -86,6 +88,7 @@ class RoundLog:
         told = metrics or {}
         compute = told.get("seconds", 0.0)
         elapsed = time.monotonic() - self._sent.get(node, time.monotonic())
+        timed = self.networked and status == "accepted"
         self.forward += told.get("forward", 0.0)
         self.backward += told.get("backward", 0.0)
         self.nodes.append(
@@ -99,7 +102,7 @@ class RoundLog:
                 examples=examples,
                 loss=told.get("loss"),
                 compute_seconds=compute,
-                transfer_seconds=max(elapsed - compute, 0.0) if status == "accepted" else 0.0,
+                transfer_seconds=max(elapsed - compute, 0.0) if timed else 0.0,
                 update_norm=told.get("update_norm"),
                 peak_rss_bytes=int(told.get("peak_rss_bytes", 0.0)),
                 metrics={key: value for key, value in told.items() if key not in _OWN_COLUMNS},

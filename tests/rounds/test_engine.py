@@ -205,7 +205,9 @@ def test_a_bad_reply_is_recorded_and_the_run_goes_on(
     assert summary["failures"] + summary["rejected"] == 1
 
 
-def test_a_round_without_quorum_is_tried_again_and_then_fails(config: RunConfig, tmp_path: Path) -> None:
+def test_a_round_without_quorum_is_tried_again_and_then_fails(
+    config: RunConfig, undisturbed: Path, tmp_path: Path
+) -> None:
     hurried = config.server.model_copy(update={"deadline_s": 0.5, "retries": 1})
 
     def silent(message: Message) -> Message | None:
@@ -213,8 +215,28 @@ def test_a_round_without_quorum_is_tried_again_and_then_fails(config: RunConfig,
 
     with pytest.raises(RunFailed, match=r"round 2 missed its quorum of 2 in 2 attempts: no reply before"):
         run(config.model_copy(update={"server": hurried}), tmp_path / "run", silent)
-    assert Run(tmp_path / "run").status == "failed"
-    assert Run(tmp_path / "run").rounds()[-1].round == 1
+    failed = Run(tmp_path / "run")
+    assert failed.status == "failed"
+    assert failed.rounds()[-1].round == 1
+    # What became of those who were asked is kept, and so are the bytes that crossed; resuming forgets both.
+    lost = sorted((row.attempt, row.status, row.reason) for row in failed.nodes(round=2))
+    assert lost == [(attempt, "late", "no reply before the deadline") for attempt in (0, 1) for _ in range(3)]
+    (asked,) = [row for row in failed.traffic(("round", "direction"), round=2)]
+    assert (asked["direction"], asked["bytes"] > 0) == ("down", True)
+    resumed = run(config, tmp_path / "run")
+    assert resumed["state_sha256"] == sha(undisturbed)
+    fit = [
+        [row for row in Run(folder).traffic(("round", "direction", "exchange")) if row["exchange"] == "fit"]
+        for folder in (tmp_path / "run", undisturbed)
+    ]
+    assert fit[0] == fit[1]
+    assert resumed["failures"] == 0
+
+
+def test_a_simulated_client_that_waits_its_turn_is_not_slow(undisturbed: Path) -> None:
+    rows = Run(undisturbed).nodes()
+    assert {row.transfer_seconds for row in rows} == {0.0}
+    assert min(row.compute_seconds for row in rows) > 0.0
 
 
 def test_a_round_that_succeeds_at_the_second_attempt_changes_no_bit(
