@@ -46,6 +46,10 @@ class Run:
     def _meta(self, key: str) -> Any:
         with disk_errors(self.folder), connect(self.folder) as connection:
             row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            raise StoreError(
+                f"{self.folder / run_database.FILE} is damaged: it does not hold the run's {key}"
+            )
         return json.loads(row["value"])
 
     def _document(self, name: str) -> dict[str, Any]:

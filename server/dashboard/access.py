@@ -41,12 +41,14 @@ class Principal:
         role: ``operator`` may change things, ``viewer`` may look.
         session: of a login; empty for a token.
         csrf: what a login must repeat in ``X-CSRF-Token`` with every change through the API.
+        stamp: of the user's password and role when the session was opened; a new one ends the session.
     """
 
     name: str
     role: Role
     session: str = ""
     csrf: str = ""
+    stamp: str = ""
 
 
 class Accounts:
@@ -127,6 +129,11 @@ class Accounts:
         row = self._read()["users"].get(name)
         return row["role"] if row else None
 
+    def stamp_of(self, name: str) -> str:
+        """Return what changes with a user's password and role; empty where there is no such user."""
+        row = self._read()["users"].get(name)
+        return _digest(f"{row['role']} {row['hash']}") if row else ""
+
     def users(self) -> list[dict[str, str]]:
         """Return ``name`` and ``role`` of every user."""
         return [{"name": name, "role": row["role"]} for name, row in sorted(self._read()["users"].items())]
@@ -185,9 +192,9 @@ class Sessions:
         self._held: dict[str, tuple[Principal, float, float]] = {}
         self._guard = threading.Lock()
 
-    def open(self, name: str, role: Role) -> Principal:
+    def open(self, name: str, role: Role, stamp: str = "") -> Principal:
         """Start a session with an identifier of its own."""
-        principal = Principal(name, role, secrets.token_urlsafe(32), secrets.token_urlsafe(24))
+        principal = Principal(name, role, secrets.token_urlsafe(32), secrets.token_urlsafe(24), stamp)
         with self._guard:
             self._drop_expired()
             self._held[principal.session] = (principal, self._now(), self._now())

@@ -112,7 +112,8 @@ def _login(
 
     async def login(request: Request) -> Response:
         form = await request.form(max_files=0, max_fields=8)
-        name, password = str(form.get("user", "")), str(form.get("password", ""))[:256]
+        # No name is as long as that; what is longer must not fill the memory.
+        name, password = str(form.get("user", ""))[:65], str(form.get("password", ""))[:256]
         next_path = safe_path(str(form.get("next", "/")))
         address = request.client.host if request.client else "?"
         wait = max(one.wait_s(address), everybody.wait_s(name))
@@ -125,15 +126,20 @@ def _login(
         # Counted before the slow check, so that attempts made at the same time count too.
         one.failed(address)
         everybody.failed(name)
+        stamp = desk.accounts.stamp_of(name)
         role = await run_in_threadpool(desk.accounts.check_password, name, password)
-        desk.login_noted(name[:64], address, succeeded=role is not None)
+        desk.login_noted(name, address, succeeded=role is not None)
         if role is None:
             return login_page(401, next_path=next_path, problem="User or password is wrong.")
         one.clear(address)
         everybody.clear(name)
         answer = RedirectResponse(next_path, status_code=303)
         answer.set_cookie(
-            COOKIE, desk.sessions.open(name, role).session, httponly=True, samesite="strict", secure=tls
+            COOKIE,
+            desk.sessions.open(name, role, stamp).session,
+            httponly=True,
+            samesite="strict",
+            secure=tls,
         )
         return answer
 

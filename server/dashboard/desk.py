@@ -12,9 +12,10 @@ from typing import Any
 
 from fedllm import run_database
 from fedllm.durable import append_line, to_json
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, StoreError
 from fedllm.run_database import FILE
 from fedllm.store import RunStore
+from fedllm.terminal import console
 from server.dashboard import federation
 from server.dashboard.access import Accounts, Principal, Role, Sessions, state_folder
 from server.dashboard.errors import Conflict, Denied, Missing
@@ -27,6 +28,7 @@ __all__ = ["COMMANDS", "Desk"]
 
 COMMANDS = ("pause", "resume", "stop", "quarantine", "release")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,99}")
+_SETTING = re.compile(r"[A-Za-z0-9_]\w*(\.\w+)*", re.ASCII)
 _CHECKPOINT = re.compile(r"round-(\d{6,})")
 
 
@@ -75,7 +77,7 @@ class Desk:
             lines = (self.state / "audit.jsonl").read_bytes().splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in reversed(lines[-limit:])]
+        return [_noted(line) for line in reversed(lines[-limit:])]
 
     # --- levers -----------------------------------------------------------------------------------------
 
@@ -148,6 +150,9 @@ class Desk:
     ) -> dict[str, Any]:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{name!r} is not a run name: letters, digits and . _ = -, at most 100")
+        for key in settings:
+            if not _SETTING.fullmatch(key):
+                raise ConfigError(f"{key[:100]!r} is not a setting")
         if "name" in settings:
             raise ConfigError("the name is given beside the settings, not among them")
         self._require_free(name)
@@ -222,23 +227,43 @@ class Desk:
     def require_operator(self, who: Principal) -> None:
         """Refuse whoever may not change things, or may not any more."""
         # A page that stays open acts through a websocket that was let in long ago: look again.
-        if who.session and self.sessions.find(who.session) is None:
+        if who.session and not self.goes_on(who):
             raise Denied("the session has ended: log in again")
         if who.role != "operator":
             raise Denied(f"{who.name} may look, not change: this needs the role operator")
 
+    def goes_on(self, who: Principal, *, touch: bool = True) -> bool:
+        """Whether a login is still one; a page's timer must not prolong it."""
+        found = self.sessions.find(who.session, touch=touch)
+        return found is not None and self.accounts.stamp_of(who.name) == who.stamp
+
     def login_noted(self, name: str, address: str, *, succeeded: bool) -> None:
         """Write a login, or an attempt at one, to the audit log."""
-        self._note(
-            Principal(name, "viewer"), "login" if succeeded else "login refused", "", f"from {address}"
-        )
+        action = "login" if succeeded else "login refused"
+        try:
+            self._note(Principal(name, "viewer"), action, "", f"from {address}")
+        except StoreError as error:
+            # Whoever is to free the disk has to get in.
+            console.print(f"{name!r}: {error}", style="yellow", markup=False)
 
     def _note(self, who: Principal, action: str, run: str, detail: str) -> None:
         line = {"at": time.time(), "who": who.name, "action": action, "run": run, "detail": detail}
-        append_line(self.state / "audit.jsonl", to_json(line))
+        try:
+            append_line(self.state / "audit.jsonl", to_json(line))
+        except StoreError as error:
+            raise StoreError(f"{action} is done, but is not in the audit log: {error}") from error
         # Commands note themselves in the run they are for; a run that is about to begin has no log yet.
         if run and action not in COMMANDS and (self.root / run / FILE).is_file():
             self.shelf.run(run).audit(who.name, action, detail)
+
+
+def _noted(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        return {key: row[key] for key in ("at", "who", "action", "run", "detail")}
+    except (ValueError, KeyError, TypeError):
+        # Cut off when the disk was full; what is left of it is shown.
+        return {"at": 0.0, "who": "?", "action": "damaged line", "run": "", "detail": repr(line[:500])}
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

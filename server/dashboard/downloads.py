@@ -47,6 +47,8 @@ def respond(desk: Desk, name: str, file: File) -> Response:
         return Response(table(Round, desk.shelf.rounds(name)), media_type=kind, headers=headers)
     if file == "answers.csv":
         return Response(table(NodeRound, desk.shelf.run(name).nodes()), media_type=kind, headers=headers)
+    if not (folder / file).is_file():
+        raise Missing(f"{name} has no {file}: fedllm resume writes it anew")
     return FileResponse(folder / file, media_type=kind, headers=headers)
 
 

@@ -10,6 +10,8 @@ from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fedllm.errors import StoreError
+from fedllm.terminal import console
 from server.dashboard.access import Accounts, Principal, Sessions
 from server.dashboard.login import login_page
 
@@ -47,9 +49,16 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        principal = self._authenticate(headers)
+        principal: Principal | None = None
+        refusal: Response | None
+        try:
+            principal = self._authenticate(headers)
+        except StoreError as error:
+            console.print(str(error), style="red", markup=False)
+            refusal = _problem(503, "who may enter cannot be read: see the dashboard's terminal")
+        else:
+            refusal = self._refuse(scope, headers, principal)
         scope.setdefault("state", {})["principal"] = principal
-        refusal = self._refuse(scope, headers, principal)
         if scope["type"] == "websocket":
             if refusal is None:
                 await self._app(scope, receive, send)
@@ -70,7 +79,7 @@ class Gate:
             return self._accounts.check_token(token.strip())
         found = self._sessions.find(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
         # A user who was removed or changed has no rights left, whatever the session says.
-        return found if found and self._accounts.role_of(found.name) == found.role else None
+        return found if found and self._accounts.stamp_of(found.name) == found.stamp else None
 
     def _refuse(self, scope: Scope, headers: Headers, principal: Principal | None) -> Response | None:
         path, websocket = scope["path"], scope["type"] == "websocket"
@@ -83,7 +92,8 @@ class Gate:
             return _problem(413, f"the body may have {LARGEST_BODY} bytes")
         if path in OPEN and not websocket:
             return None
-        if principal is None:
+        # Pages stay open for as long as their session; a token has none that could end.
+        if principal is None or (websocket and not principal.session):
             return _unknown(path, headers)
         if unsafe and path.startswith("/api/"):
             if principal.session and not secrets.compare_digest(

@@ -5,9 +5,11 @@ The dashboard imports nothing of what it starts. It speaks the same command line
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -45,7 +47,7 @@ class Launcher:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._submitted: set[str] = set()
         self._answers: dict[tuple[str, ...], str] = {}
-        self._guard = threading.Lock()
+        self._guard, self._reporting = threading.Lock(), threading.Lock()
 
     def presets(self) -> list[dict[str, str]]:
         """Return ``name``, ``shows`` and ``costs`` of every preset."""
@@ -77,9 +79,12 @@ class Launcher:
         Raises:
             ConfigError: names the key, what was given and what is allowed.
         """
-        draft = self._draft("checked", document)
         overrides = [part for key, value in settings.items() for part in ("--set", setting(key, value))]
-        return tomllib.loads(_run([*_FEDLLM, "simulate", str(draft), *overrides, "--dry-run"]))
+        # A file of its own: others may be having theirs checked at the same time.
+        with tempfile.TemporaryDirectory(prefix="fedllm-") as folder:
+            draft = Path(folder) / "draft.toml"
+            draft.write_text(tomli_w.dumps(dict(document)), encoding="utf-8")
+            return tomllib.loads(_run([*_FEDLLM, "simulate", str(draft), *overrides, "--dry-run"]))
 
     def start(self, name: str, document: Mapping[str, Any]) -> None:
         """Start a run from a resolved configuration."""
@@ -99,7 +104,9 @@ class Launcher:
 
     def report(self, name: str) -> Path:
         """Write a run's ``report.html`` and return its path."""
-        return Path(_run([*_FEDLLM, "report", str(self.root / name)]).strip().splitlines()[-1])
+        # One at a time: drawing plots takes a whole core.
+        with self._reporting:
+            return Path(_run([*_FEDLLM, "report", str(self.root / name)]).strip().splitlines()[-1])
 
     def starting(self) -> dict[str, str]:
         """Return the runs that have no folder yet, each with why it never will, or with nothing so far."""
@@ -174,6 +181,10 @@ def _run(command: Sequence[str]) -> str:
         raise FedllmError(
             f"fedllm did not answer within {PATIENCE_S:.0f} s; is the host overloaded?"
         ) from error
+    except OSError as error:
+        if error.errno == errno.E2BIG:
+            raise ConfigError("the settings are too long: put what is long into a file") from error
+        raise FedllmError(f"cannot run fedllm: {error.strerror}") from error
     if done.returncode:
         said = done.stderr.strip()
         _, marked, sentence = said.rpartition("error: ")

@@ -95,7 +95,7 @@ class Shelf:
 
     def names(self) -> list[str]:
         """Return the names of all runs."""
-        return [folder.name for folder in find(self.root)]
+        return [folder.name for folder in find(self.root) if _speakable(folder.name)]
 
     def folder(self, name: str) -> Path:
         """Return a run's folder.
@@ -103,9 +103,8 @@ class Shelf:
         Raises:
             Missing: there is no run of this name.
         """
-        plain = name.isprintable() and "/" not in name and not name.startswith(".")
         folder = self.root / name
-        if not plain or not name or not (folder / run_database.FILE).is_file():
+        if not _speakable(name) or not (folder / run_database.FILE).is_file():
             raise Missing(f"there is no run {name!r}")
         return folder
 
@@ -119,7 +118,10 @@ class Shelf:
 
     def overviews(self) -> list[Overview]:
         """Return all runs: live ones first, then the latest change first."""
-        found = [self._kept_overview(folder) for folder in find(self.root)]
+        found = [
+            self._kept_overview(folder) if _speakable(folder.name) else _unspeakable(folder)
+            for folder in find(self.root)
+        ]
         return sorted(found, key=lambda view: (not view.live, -view.changed_at, view.name))
 
     def overview(self, name: str) -> Overview:
@@ -153,6 +155,16 @@ class Shelf:
         return found
 
 
+def _speakable(name: str) -> bool:
+    """Whether a folder's name can stand in an address and in JSON."""
+    return name.isprintable() and "/" not in name and name != "" and not name.startswith(".")
+
+
+def _unspeakable(folder: Path) -> Overview:
+    reason = "the name of its folder holds what cannot be shown: rename it"
+    return Overview(name=ascii(folder.name)[1:-1], state="unreadable", reason=reason)
+
+
 def _stamp(folder: Path) -> Stamp:
     # The process is part of it: a run that is killed changes no file.
     return (*(_mark(folder / name) for name in _FILES), run_lock.holder(folder))
@@ -177,7 +189,10 @@ def _overview(folder: Path) -> Overview:
         # A run appears with its database; its summary follows within a moment.
         begins = isinstance(error.__cause__, FileNotFoundError) and run_lock.holder(folder) is not None
         state, reason = ("starting", "") if begins else ("unreadable", str(error))
-        return Overview(name=folder.name, state=state, reason=reason, changed_at=_changed_at(folder))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        state = "unreadable"
+        reason = f"{folder} holds what no run of this version writes: {type(error).__name__} {error}"
+    return Overview(name=folder.name, state=state, reason=reason, changed_at=_changed_at(folder))
 
 
 def _read_overview(folder: Path) -> Overview:
@@ -188,7 +203,9 @@ def _read_overview(folder: Path) -> Overview:
         failed = connection.execute(query).fetchone() if meta["status"] == "failed" else None
     try:
         summary = json.loads((folder / "summary.json").read_bytes())
-        lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_bytes().splitlines()]
+        text = (folder / "rounds.jsonl").read_bytes()
+        # A line without its end is being written this very moment.
+        lines = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot read {folder}: {error}; fedllm resume repairs its text files") from error
     metric = "perplexity" if summary["metrics"]["perplexity"] is not None else "accuracy"

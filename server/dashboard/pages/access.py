@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
 from nicegui import ui
@@ -13,6 +12,7 @@ from starlette.requests import Request
 from server.dashboard.access import ROLES, Principal
 from server.dashboard.desk import Desk
 from server.dashboard.pages.layout import act, empty, frame, heading, lever
+from server.dashboard.pages.logs import audit_line
 
 __all__ = ["register"]
 
@@ -35,7 +35,7 @@ def register(desk: Desk) -> None:
             with ui.element("section").classes("panel"):
                 heading("Audit log", 2)
                 noted = await beside(desk.audit_log)
-                ui.label("\n".join(map(_line, noted))).classes("log")
+                ui.label("\n".join(map(audit_line, noted))).classes("log")
 
 
 class _Names:
@@ -87,8 +87,3 @@ class _Names:
             ui.label(made).classes("secret")
             ui.button("I have noted it", on_click=dialog.close).props("no-caps")
         dialog.open()
-
-
-def _line(row: dict[str, Any]) -> str:
-    at = f"{datetime.fromtimestamp(row['at']):%Y-%m-%d %H:%M:%S}"
-    return f"{at}  {row['who']}  {row['action']}  {row['run']}  {row['detail']}".rstrip()

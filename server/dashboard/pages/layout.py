@@ -111,7 +111,7 @@ def watch(desk: Desk, who: Principal, look: Callable[[], object]) -> None:
     """Call ``look`` every tick while somebody has the page open and is logged in."""
 
     async def tick() -> None:
-        if who.session and desk.sessions.find(who.session, touch=False) is None:
+        if not desk.goes_on(who, touch=False):
             ui.navigate.to("/login")
             return
         outcome = look()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
@@ -11,7 +13,7 @@ from fedllm.runs import Event, NodeLog
 from server.dashboard.desk import Desk
 from server.dashboard.pages.layout import heading
 
-__all__ = ["Logs", "clock"]
+__all__ = ["Logs", "audit_line"]
 
 _LINES = 500
 
@@ -60,6 +62,13 @@ def _event(event: Event) -> str:
 
 def _node_log(row: NodeLog) -> list[str]:
     return [f"node {row.node}  {line}" for line in row.lines.splitlines()]
+
+
+def audit_line(row: Mapping[str, Any]) -> str:
+    """Write one thing that was done; whoever failed to log in chose the name, so it stays on its line."""
+    parts = (clock(row["at"]), row["who"], row["action"], row.get("run", ""), row["detail"])
+    text = "  ".join(str(part) for part in parts if part)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def clock(at: float) -> str:

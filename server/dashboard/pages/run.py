@@ -19,7 +19,7 @@ from server.dashboard.downloads import File
 from server.dashboard.pages import charts
 from server.dashboard.pages.answers import Answers
 from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, watch
-from server.dashboard.pages.logs import Logs, clock
+from server.dashboard.pages.logs import Logs, audit_line
 from server.dashboard.pages.node_table import NodeTable
 from server.dashboard.shelf import Overview
 from server.dashboard.verdict import Verdict
@@ -209,10 +209,7 @@ class _RunPage:
 
     async def _show_audit(self) -> None:
         noted = await beside(self.desk.shelf.run(self.name).audit_log)
-        self.audit.text = (
-            "\n".join(f"{clock(row['at'])}  {row['who']}  {row['action']}  {row['detail']}" for row in noted)
-            or "Nobody has changed anything."
-        )
+        self.audit.text = "\n".join(map(audit_line, noted)) or "Nobody has changed anything."
 
     # --- levers -----------------------------------------------------------------------------------------
 
