@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import threading
 from pathlib import Path
 
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, FedllmError
 from fedllm.terminal import console
 from server.dashboard.access import ROLES, Role, welcome
 from server.dashboard.app import serve
@@ -61,9 +62,17 @@ def start(folder: Path, *, host: str, port: int, tls: bool | None) -> None:
     say(f"dashboard: {'https' if encrypted else 'http'}://{shown}:{port}/", highlight=False, soft_wrap=True)
     certificate = federation / "server.pem" if encrypted and federation else None
     key = federation / "server-key.pem" if encrypted and federation else None
-    # So that the first who asks does not wait for many runs to be read.
-    threading.Thread(target=desk.overviews, daemon=True).start()
+    threading.Thread(target=_prepare, args=(desk,), daemon=True).start()
     serve(desk, host=host, port=port, certificate=certificate, key=key)
+
+
+def _prepare(desk: Desk) -> None:
+    """Read many runs, and what the form for a new one is made from, before somebody waits for them."""
+    desk.overviews()
+    with contextlib.suppress(FedllmError):  # whoever opens the form is told
+        desk.launcher.presets()
+        desk.launcher.schemas()
+        desk.launcher.document("quickstart")
 
 
 def _local(host: str) -> bool:

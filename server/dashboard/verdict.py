@@ -11,7 +11,7 @@ from fedllm.wording import human_bytes, human_seconds, number, times
 from server.dashboard.shelf import Overview
 from server.dashboard.totals import NodeTotal
 
-__all__ = ["Verdict", "cost", "health", "phase_sentence", "slow"]
+__all__ = ["Verdict", "cost", "health", "phase_sentence", "slow", "terms"]
 
 SLOW = 1.5
 """Times the median from which on a node counts as slow."""
@@ -96,3 +96,17 @@ def phase_sentence(run: Overview) -> str:
         unit = "clients" if "clients" in said else "answers"
         said += f", {phase.get('have', 0)} of {phase['need']} {unit}"
     return ": ".join([*parts, said])
+
+
+def terms(run: Overview, quorum: int, deadline_s: float, now: float | None = None) -> str:
+    """Say how many answers a round needs, and how long it waits for them.
+
+    >>> live = Overview(name="a", state="running", phase={"name": "fit", "closes_at": 100.0})
+    >>> terms(live, 3, 600.0, now=52.0), terms(Overview(name="a", state="finished"), 3, 600.0)
+    ('quorum 3, deadline in 48 s', 'quorum 3, deadline 10 min')
+    """
+    closes = run.phase.get("closes_at")
+    if run.state != "running" or not isinstance(closes, int | float):
+        return f"quorum {quorum}, deadline {human_seconds(deadline_s)}"
+    left = max(0, round(closes - (time.time() if now is None else now)))
+    return f"quorum {quorum}, deadline in {f'{left} s' if left < 60 else human_seconds(left)}"

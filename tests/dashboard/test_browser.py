@@ -102,6 +102,52 @@ def test_the_list_is_filtered(operator: Page) -> None:
     expect(operator.get_by_role("row")).to_have_count(2)
 
 
+def test_the_list_is_sorted_by_keyboard(operator: Page) -> None:
+    operator.goto("/")
+    header = operator.get_by_role("columnheader", name="Quality")
+    expect(header).to_have_attribute("aria-sort", "none")
+    for order, first in (("ascending", "broken"), ("descending", "finished")):
+        header.get_by_role("button").focus()
+        operator.keyboard.press("Enter")
+        expect(header).to_have_attribute("aria-sort", order)
+        expect(operator.locator("tbody tr").first).to_contain_text(first)
+
+
+def test_a_page_that_is_not_there_leads_back(operator: Page) -> None:
+    for path in ("/nothing", "/runs/nothing"):
+        operator.goto(path)
+        expect(operator.get_by_text("There is no")).to_be_visible()
+        operator.get_by_role("link", name="All runs").click()
+        expect(operator.get_by_role("heading", name="Runs")).to_be_visible()
+
+
+def test_what_cannot_be_taken_back_is_asked_first(served: Served, operator: Page) -> None:
+    run = make_run(served.root / "forgetful")
+    operator.goto("/runs/forgetful")
+    lever = operator.get_by_role("button", name="forget node 1")
+    lever.click()
+    operator.get_by_role("dialog").get_by_role("button", name="Keep").click()
+    expect(operator.get_by_role("dialog")).to_have_count(0)
+    assert {row.node for row in run.nodes()} == {0, 1}
+    lever.click()
+    operator.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(lever).to_have_count(0)
+    assert {row.node for row in run.nodes()} == {0}
+
+
+def test_the_phase_says_what_is_waited_for_and_until_when(served: Served, operator: Page) -> None:
+    config = RunConfig(name="waiting", clients=5, rounds=9)
+    with RunStore.create(served.root / "waiting", config) as store:
+        store.phase("fit", round=1, have=3, need=5, closes_at=time.time() + 300)
+        operator.goto("/runs/waiting")
+        expect(operator.get_by_text("round 1: fit, 3 of 5 answers")).to_be_visible()
+        expect(operator.get_by_text("quorum 3, deadline in 4 min")).to_be_visible()
+        operator.get_by_role("tab", name="Log").click()
+        expect(operator.get_by_role("log", name="What the nodes logged")).to_contain_text(
+            "Nothing: only nodes"
+        )
+
+
 def test_the_adapter_is_downloaded(operator: Page, tmp_path: Path) -> None:
     operator.goto("/runs/finished")
     operator.get_by_role("button", name="Download").click()

@@ -40,12 +40,17 @@ def test_what_a_method_reports_is_drawn(config: RunConfig, tmp_path: Path) -> No
 
     names = charts.fact_names(rounds)
     if config.method == "fwdllm":
-        assert {"directions", "variance"} <= set(names)
+        assert names[:3] == ["directions, variance", "directions", "variance"]
+        both = charts.facts(rounds, names[0])["series"]
+        assert [(one["name"], one.get("yAxisIndex", 0)) for one in both] == [
+            ("directions", 0),
+            ("variance", 1),
+        ]
         # Three clients with four directions each, asked twice since no variance is as small as that.
         assert curve("directions") == [24.0, 24.0, 24.0]
         assert min(curve("variance")) > 1e-9
     else:
-        assert {"energy", "rank", "loss"} <= set(names)
+        assert names[:4] == ["energy, rank", "energy", "rank", "loss"]
         # T(t) = 0.8 + 0.19 t at t = 0, 1/3 and 2/3.
         assert curve("energy") == pytest.approx([0.8, 0.8 + 0.19 / 3, 0.8 + 0.38 / 3])
         assert min(curve("rank")) >= 1.0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from nicegui import ui
+from nicegui import Client, ui
+from nicegui import app as inner
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from server.dashboard.desk import Desk
 from server.dashboard.pages import access, layout, nodes, run, runs, start
@@ -17,11 +20,22 @@ _ICON = (
 )
 
 
+async def _missing(request: Request, error: Exception) -> Response:
+    if request.url.path.startswith("/api/"):
+        return JSONResponse({"detail": f"there is no {request.url.path}"}, status_code=404)
+    with Client(ui.page(""), request=request) as client, layout.frame(request, "Not found"):
+        layout.empty(
+            f"There is no page {request.url.path}", "The address may be mistyped.", ("All runs", "/")
+        )
+    return client.build_response(request, 404)
+
+
 def attach(app: FastAPI, desk: Desk) -> None:
     """Put the pages at the root of an application; NiceGUI allows one such application in a process."""
     layout.dress()
     for page in (runs, run, nodes, start, access):
         page.register(desk)
+    inner.add_exception_handler(404, _missing)
     ui.run_with(
         app,
         title="fedllm",

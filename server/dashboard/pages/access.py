@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from server.dashboard.access import ROLES, Principal
 from server.dashboard.desk import Desk
-from server.dashboard.pages.layout import act, empty, frame, heading, lever
+from server.dashboard.pages.layout import act, empty, frame, heading, lever, sure
 from server.dashboard.pages.logs import audit_line
 
 __all__ = ["register"]
@@ -71,6 +71,8 @@ class _Names:
 
     def _remover(self, name: str) -> Callable[[], Any]:
         async def remove() -> None:
+            if not await sure(f"Remove {name}? It works no more, at once.", "Remove", "Keep"):
+                return
             await act(lambda: self.remove(self.who, name), f"{name} is removed")
             self._show()
 

@@ -61,6 +61,9 @@ class Answers:
 
 
 def _row(index: int, row: NodeRound, moved: dict[tuple[int, str, str], int]) -> dict[str, Any]:
+    # Of an answer that did not count, nothing but its bytes is known.
+    compute, transfer, memory = row.compute_seconds, row.transfer_seconds, row.peak_rss_bytes
+    told = row.status == "accepted" or compute > 0
     up, down = (moved.get((row.node, way, row.exchange), 0) for way in ("up", "down"))
     return {
         "key": index,
@@ -70,16 +73,16 @@ def _row(index: int, row: NodeRound, moved: dict[tuple[int, str, str], int]) -> 
         "why": row.reason or "",
         "loss": row.loss,
         "loss_text": number(row.loss),
-        "compute": row.compute_seconds,
-        "compute_text": human_seconds(row.compute_seconds),
-        "transfer": row.transfer_seconds,
-        "transfer_text": human_seconds(row.transfer_seconds),
+        "compute": compute,
+        "compute_text": human_seconds(compute if told else None),
+        "transfer": transfer,
+        "transfer_text": human_seconds(transfer if told else None),
         "up": up,
         "up_text": human_bytes(up),
         "down": down,
         "down_text": human_bytes(down),
-        "memory": row.peak_rss_bytes,
-        "memory_text": human_bytes(row.peak_rss_bytes),
+        "memory": memory,
+        "memory_text": human_bytes(memory or None),
         "norm": row.update_norm,
         "norm_text": number(row.update_norm),
     }

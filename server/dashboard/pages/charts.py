@@ -9,7 +9,17 @@ from typing import Any, Literal
 from fedllm.run_database import Round
 from server.dashboard.shelf import Traffic
 
-__all__ = ["AXES", "UNITS", "compression", "fact_names", "facts", "metric_names", "quality", "traffic"]
+__all__ = [
+    "AXES",
+    "UNITS",
+    "compression",
+    "fact_names",
+    "facts",
+    "metric_names",
+    "nothing",
+    "quality",
+    "traffic",
+]
 
 Axis = Literal["round", "bytes", "seconds"]
 AXES: tuple[Axis, ...] = ("round", "bytes", "seconds")
@@ -17,6 +27,11 @@ UNITS = ("bytes", "times fewer than dense")
 _ACCENT, _SECOND, _SOFT, _LINE = "#2a8f99", "#c98a2b", "#7f8b9b", "rgba(128,140,155,0.25)"
 _UNITS = {"round": "round", "bytes": "MB moved", "seconds": "seconds"}
 _NO_CURVE = ("accepted", "initial", "clients")
+_TOGETHER = (("directions", "variance"), ("energy", "rank"))
+"""What a method's paper looks at side by side: FwdLLM's pacing, FedKD's truncation."""
+_FIRST = ("directions", "variance", "energy", "rank", "epsilon", "loss")
+_MANY = 60
+"""Bars from which on gaps between them would only blur."""
 
 
 def metric_names(rounds: Sequence[Round]) -> list[str]:
@@ -43,17 +58,21 @@ def quality(rounds: Sequence[Round], metric: str, axis: Axis) -> dict[str, Any]:
 
 def traffic(moved: Sequence[Traffic]) -> dict[str, Any]:
     """Draw kilobytes by round, up and down."""
-    series = [
+    series: list[dict[str, Any]] = [
         {
             "name": name,
             "type": "bar",
             "stack": "moved",
             "itemStyle": {"color": colour},
-            "data": [[row.round, round(getattr(row, field) / 1000, 3)] for row in moved],
+            "barCategoryGap": "20%" if len(moved) < _MANY else "0%",
+            "barMaxWidth": 48,
+            "data": [round(getattr(row, field) / 1000, 3) for row in moved],
         }
         for name, field, colour in (("up kB", "up", _ACCENT), ("down kB", "down", _SECOND))
     ]
-    return _frame(series, "round", whole=True, from_zero=True)
+    drawn = _frame(series, "round", whole=True, from_zero=True)
+    drawn["xAxis"] |= {"type": "category", "data": [row.round for row in moved]}
+    return drawn
 
 
 def compression(moved: Sequence[Traffic]) -> dict[str, Any]:
@@ -72,7 +91,7 @@ def compression(moved: Sequence[Traffic]) -> dict[str, Any]:
 
 
 def fact_names(rounds: Sequence[Round]) -> list[str]:
-    """Return what else was recorded by round: directions, ranks, variance, clients' own averages."""
+    """Return what else was recorded by round, what its paper looks at first; ``a, b`` are drawn together."""
     names = {
         name
         for record in rounds
@@ -81,17 +100,39 @@ def fact_names(rounds: Sequence[Round]) -> list[str]:
     }
     if any(record.epsilon is not None for record in rounds):
         names.add("epsilon")
-    return sorted(names)
+    together = [", ".join(pair) for pair in _TOGETHER if names.issuperset(pair)]
+    return together + sorted(names, key=lambda name: (_rank(name), name))
+
+
+def _rank(name: str) -> int:
+    return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
 
 def facts(rounds: Sequence[Round], name: str) -> dict[str, Any]:
-    """Draw one of :func:`fact_names` against rounds."""
-    points = [
-        [record.round, value]
-        for record in rounds
-        if (value := record.epsilon if name == "epsilon" else record.details.get(name)) is not None
-    ]
-    return _lines({name: points}, "round", whole=True)
+    """Draw one of :func:`fact_names` against rounds; of two that stand together, each has its own scale."""
+    curves = {
+        one: [
+            [record.round, value]
+            for record in rounds
+            if (value := record.epsilon if one == "epsilon" else record.details.get(one)) is not None
+        ]
+        for one in name.split(", ")
+    }
+    drawn = _lines(curves, "round", whole=True)
+    if len(curves) == 2:
+        drawn["yAxis"] = [
+            drawn["yAxis"],
+            {**drawn["yAxis"], "position": "right", "splitLine": {"show": False}},
+        ]
+        drawn["series"][1]["yAxisIndex"] = 1
+        drawn["grid"] |= {"right": 56}
+    return drawn
+
+
+def nothing(said: str) -> dict[str, Any]:
+    """Draw no curve, and say why there is none."""
+    words = {"fontSize": 14, "fontWeight": "normal", "color": _SOFT}
+    return {"title": {"text": said, "left": "center", "top": "middle", "textStyle": words}}
 
 
 def _lines(curves: dict[str, list[list[float]]], label: str, *, whole: bool) -> dict[str, Any]:

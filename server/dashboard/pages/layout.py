@@ -16,7 +16,19 @@ from fedllm.errors import FedllmError
 from server.dashboard.access import Principal
 from server.dashboard.desk import Desk
 
-__all__ = ["TICK_S", "act", "chip", "dress", "empty", "frame", "heading", "lever", "principal", "watch"]
+__all__ = [
+    "TICK_S",
+    "act",
+    "chip",
+    "dress",
+    "empty",
+    "frame",
+    "heading",
+    "lever",
+    "principal",
+    "sure",
+    "watch",
+]
 
 TICK_S = 1.0
 """Seconds between two looks at the run store."""
@@ -53,6 +65,8 @@ def frame(request: Request, title: str) -> Iterator[Principal]:
                 link = ui.link(text, path)
                 if request.url.path == path:
                     link.props('aria-current="page"')
+                elif path == "/" and request.url.path.startswith("/runs/"):
+                    link.props('aria-current="true"')
         ui.label(f"{who.name} ({who.role})").classes("who")
         with ui.element("form").props('method="post" action="/logout"'):
             _text("button", "Log out").props('type="submit"').classes("quiet")
@@ -89,11 +103,13 @@ def lever(text: str, work: Callable[[], object], *, who: Principal, style: str =
     return button
 
 
-def empty(headline: str, advice: str) -> None:
-    """Say that there is nothing to see, and what to do about it."""
+def empty(headline: str, advice: str, link: tuple[str, str] | None = None) -> None:
+    """Say that there is nothing to see, and what to do about it; ``link`` is a text and where it leads."""
     with ui.element("div").classes("panel empty"):
         heading(headline, 2)
         ui.label(advice).classes("soft")
+        if link:
+            ui.link(*link)
 
 
 async def act(work: Callable[[], Result], said: str) -> Result | None:
@@ -105,6 +121,16 @@ async def act(work: Callable[[], Result], said: str) -> Result | None:
         return None
     ui.notify(said, type="positive")
     return result
+
+
+async def sure(question: str, yes: str, no: str) -> bool:
+    """Ask before what cannot be taken back."""
+    with ui.dialog() as dialog, ui.card():
+        ui.label(question)
+        with ui.element("div").classes("row"):
+            ui.button(yes, on_click=lambda: dialog.submit(True), color="negative").props("no-caps")
+            ui.button(no, on_click=lambda: dialog.submit(False)).props("flat no-caps")
+    return bool(await dialog)
 
 
 def watch(desk: Desk, who: Principal, look: Callable[[], object]) -> None:

@@ -16,6 +16,8 @@ from server.dashboard.pages.layout import heading
 __all__ = ["Logs", "audit_line"]
 
 _LINES = 500
+_NOT_FROM_HERE = "Nothing: it was started on a command line, or has not printed anything yet."
+_NO_LINES = "Nothing: only nodes of a federation send lines of their log, with their answers."
 
 
 class Logs:
@@ -27,6 +29,8 @@ class Logs:
         self.events = _log("What happened")
         self.server = _log("What the server's process printed")
         self.nodes = _log("What the nodes logged")
+        self.server.text = _NOT_FROM_HERE
+        self.nodes.text = _NO_LINES
 
     async def look(self) -> None:
         """Show what is new in the run's store."""
@@ -43,7 +47,7 @@ class Logs:
     def look_at_server(self) -> None:
         """Show what the server's process has printed since."""
         said = self._desk.launcher.log(self._name)
-        if said != self.server.text:
+        if said and said != self.server.text:
             self.server.text = said
 
 
@@ -53,7 +57,8 @@ def _log(title: str) -> ui.label:
 
 
 def _append(log: ui.label, lines: list[str]) -> None:
-    log.text = "\n".join([*log.text.splitlines(), *lines][-_LINES:])
+    held = [] if log.text == _NO_LINES else log.text.splitlines()
+    log.text = "\n".join([*held, *lines][-_LINES:])
 
 
 def _event(event: Event) -> str:

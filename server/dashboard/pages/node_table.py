@@ -10,7 +10,7 @@ from nicegui import events
 from fedllm.wording import ago, human_bytes, human_seconds, number
 from server.dashboard.access import Principal
 from server.dashboard.desk import Desk
-from server.dashboard.pages.layout import act
+from server.dashboard.pages.layout import act, sure
 from server.dashboard.pages.table import Table, column
 from server.dashboard.totals import NodeTotal
 
@@ -20,7 +20,7 @@ __all__ = ["NodeTable"]
 _COLUMNS = [
     column("key", "Node"),
     column("state", "State", "chip", why=True),
-    column("lever", "", "lever"),
+    column("lever", "Action", "lever"),
     column("seen", "Last seen", right=True, wide=True),
     column("examples", "Texts", right=True, wide=True),
     column("loss", "Loss", right=True, wide=True),
@@ -57,6 +57,7 @@ class NodeTable:
             "seen": node.last_seen_at or 0.0,
             "seen_text": ago(node.last_seen_at),
             "examples": node.examples,
+            "examples_text": str(node.examples) if node.examples else "-",
             "loss": node.loss,
             "loss_text": number(node.loss),
             "compute": node.compute_seconds,
@@ -66,7 +67,7 @@ class NodeTable:
             "moved": node.bytes_up + node.bytes_down,
             "moved_text": human_bytes(node.bytes_up + node.bytes_down),
             "memory": node.peak_rss_bytes,
-            "memory_text": human_bytes(node.peak_rss_bytes),
+            "memory_text": human_bytes(node.peak_rss_bytes or None),
             "answers": node.accepted,
             "answers_text": str(node.accepted) + (f" ({lost} lost)" if lost else ""),
             "device": _device(node.device),
@@ -75,6 +76,9 @@ class NodeTable:
     async def _act(self, event: events.GenericEventArguments) -> None:
         node, kind = int(event.args["node"]), str(event.args["lever"])
         if kind == "forget":
+            question = f"Delete what {self._run} keeps about node {node}? Its bytes stay in the totals."
+            if not await sure(question, "Delete", "Keep"):
+                return
             said = f"what {self._run} kept about node {node} is deleted"
             await act(lambda: self._desk.forget(self._who, self._run, node), said)
         else:

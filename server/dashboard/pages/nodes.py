@@ -9,7 +9,7 @@ from starlette.requests import Request
 from server.dashboard.access import Principal
 from server.dashboard.desk import Desk
 from server.dashboard.federation import FederationNode
-from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, watch
+from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, sure, watch
 from server.dashboard.pages.node_table import NodeTable
 
 __all__ = ["register"]
@@ -69,12 +69,7 @@ async def _draw_federation(desk: Desk, who: Principal) -> None:
 
 def _draw_node(desk: Desk, who: Principal, node: FederationNode) -> None:
     async def revoke() -> None:
-        with ui.dialog() as dialog, ui.card():
-            ui.label(f"Forbid node {node.node} to join, for ever?")
-            with ui.element("div").classes("row"):
-                ui.button("Revoke", on_click=lambda: dialog.submit(True), color="negative").props("no-caps")
-                ui.button("Keep", on_click=lambda: dialog.submit(False)).props("flat no-caps")
-        if await dialog:
+        if await sure(f"Forbid node {node.node} to join, for ever?", "Revoke", "Keep"):
             await act(lambda: desk.revoke(who, node.node), f"node {node.node} may not join any more")
 
     with ui.element("div").classes("row apart"):

@@ -10,15 +10,15 @@ from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
-from fedllm.errors import FedllmError
 from fedllm.wording import human_seconds
 from server.dashboard import verdict
 from server.dashboard.access import Principal
 from server.dashboard.desk import Desk
 from server.dashboard.downloads import File
+from server.dashboard.errors import Missing
 from server.dashboard.pages import charts
 from server.dashboard.pages.answers import Answers
-from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, watch
+from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, sure, watch
 from server.dashboard.pages.logs import Logs, audit_line
 from server.dashboard.pages.node_table import NodeTable
 from server.dashboard.shelf import Overview
@@ -35,8 +35,8 @@ def register(desk: Desk) -> None:
         with frame(request, name) as who:
             try:
                 view = await beside(desk.overview, name)
-            except FedllmError as error:
-                empty(f"There is no run {name}", f"{error}; the list of runs has those there are.")
+            except Missing:
+                empty(f"There is no run {name}", "It may have been renamed or deleted.", ("All runs", "/"))
                 return
             if view.state in ("starting", "unreadable") or not view.method:
                 _before(desk, who, view)
@@ -123,7 +123,7 @@ class _RunPage:
                 self.traffic = ui.echart({}).classes("chart")
             with ui.element("section").classes("panel") as self.facts_panel:
                 with ui.element("div").classes("row apart"):
-                    heading("From the method", 2)
+                    heading("Method", 2)
                     self.fact = _choice(self._draw_curves, "Fact")
                 self.facts = ui.echart({}).classes("chart")
         self.charted = True
@@ -169,9 +169,7 @@ class _RunPage:
         self.count.text = f"round {view.round} of {view.rounds}"
         if view.seconds_left is not None:
             self.count.text += f", about {human_seconds(view.seconds_left)} left"
-        self.doing.text = (
-            f"quorum {self.config.quorum}, deadline {human_seconds(self.config.server.deadline_s)}"
-        )
+        self.doing.text = verdict.terms(view, self.config.quorum, self.config.server.deadline_s)
         self.logs.look_at_server()
         self.bar.style(f"width: {100 * view.round / view.rounds:.1f}%")
         if view.state != self.state:
@@ -185,7 +183,9 @@ class _RunPage:
     async def _show_rounds(self) -> None:
         self.records = await beside(self.desk.shelf.rounds, self.name)
         self.moved = await beside(self.desk.shelf.traffic, self.name)
-        self.rounds.offer([record.round for record in self.records])
+        # A round that ended the run was not committed, and is what one wants to see.
+        asked = {row.round for row in self.moved} | {record.round for record in self.records}
+        self.rounds.offer(sorted(asked))
         self._draw_curves()
         held = await beside(self.desk.checkpoints, self.name)
         self.checkpoints.clear()
@@ -199,8 +199,11 @@ class _RunPage:
         _offer(self.metric, charts.metric_names(self.records))
         _offer(self.fact, charts.fact_names(self.records))
         self.facts_panel.set_visibility(bool(self.fact.options))
+        self.metric.set_visibility(bool(self.metric.options))
         if self.metric.value:
             _redraw(self.quality, charts.quality(self.records, self.metric.value, self.axis.value))
+        else:
+            _redraw(self.quality, charts.nothing("Nothing has been measured yet"))
         _offer(self.unit, list(charts.UNITS))
         drawn = charts.traffic if self.unit.value == "bytes" else charts.compression
         _redraw(self.traffic, drawn(self.moved))
@@ -251,12 +254,7 @@ class _RunPage:
         await act(lambda: self.desk.go_on(self.who, self.name), "It goes on at its last checkpoint")
 
     async def _confirm_stop(self) -> None:
-        with ui.dialog() as dialog, ui.card():
-            ui.label("Stop after this round? It can be resumed later.")
-            with ui.element("div").classes("row"):
-                ui.button("Stop", on_click=lambda: dialog.submit(True), color="negative").props("no-caps")
-                ui.button("Keep running", on_click=lambda: dialog.submit(False)).props("flat no-caps")
-        if await dialog:
+        if await sure("Stop after this round? It can be resumed later.", "Stop", "Keep running"):
             await self._ask("stop")()
 
     def _draw_checkpoints(self, held: list[int]) -> None:
@@ -269,6 +267,9 @@ class _RunPage:
 
     def _roll_back(self, round: int) -> Callable[[], Any]:
         async def roll_back() -> None:
+            question = f"Go on after round {round}? Later rounds of {self.name} are forgotten."
+            if round < self.records[-1].round and not await sure(question, "Go back", "Keep them"):
+                return
             said = f"It goes on after round {round}; later rounds are forgotten"
             await act(lambda: self.desk.go_on(self.who, self.name, round), said)
 

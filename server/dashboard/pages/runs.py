@@ -30,6 +30,18 @@ _COLUMNS = [
     column("left", "Time left", right=True, wide=True),
 ]
 
+_STATES = (
+    "all states",
+    "running",
+    "paused",
+    "starting",
+    "finished",
+    "failed",
+    "stopped",
+    "interrupted",
+    "unreadable",
+)
+
 
 def register(desk: Desk) -> None:
     """Serve ``/``."""
@@ -67,13 +79,14 @@ def register(desk: Desk) -> None:
 def _table(views: Sequence[Overview]) -> Table:
     with ui.element("div").classes("row").style("margin-bottom: 1rem"):
         search = ui.input("Filter by name, method, model").props("dense outlined clearable")
-        states = ["all states", *sorted({view.state for view in views})]
-        state = ui.select(states, value="all states", label="State").props("dense outlined")
+        search.style("flex: 0 1 20rem")
+        state = ui.select(list(_STATES), value=_STATES[0], label="State").props("dense outlined")
+        state.style("min-width: 9rem")
     table = Table(_COLUMNS, "Runs", size=25)
     table.show([_row(view) for view in views])
 
     def narrow() -> None:
-        table.narrow(search.value or "", "" if state.value == "all states" else state.value)
+        table.narrow(search.value or "", "" if state.value == _STATES[0] else state.value)
 
     search.on_value_change(narrow)
     state.on_value_change(narrow)
@@ -96,6 +109,8 @@ def _row(view: Overview) -> dict[str, Any]:
         "why": view.reason,
         "method": view.method,
         "model": view.model,
+        # Of a folder, its last part says enough.
+        "model_text": view.model.rstrip("/").rpartition("/")[2] if view.model.startswith("/") else view.model,
         "share": view.round / view.rounds if view.rounds else 0.0,
         "share_text": f"{view.round} of {view.rounds}" if view.rounds else "-",
         "value": view.value,
