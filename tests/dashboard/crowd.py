@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from fedllm import run_database
 from fedllm.config import RunConfig
 from fedllm.store import Entry, NodeRound, Round, RunStore
 
@@ -22,7 +23,12 @@ def make(folder: Path, rounds: int, nodes: int, *, seed: int, status: str = "fin
     method = METHODS[seed % len(METHODS)]
     planned = rounds if status == "finished" else rounds + 20
     config = RunConfig(name=folder.name, clients=nodes, rounds=planned, method=method, seed=seed)
-    with RunStore.create(folder, config, {"engine": "loopback"}) as store:
+    with (
+        RunStore.create(folder, config, {"engine": "loopback"}),
+        run_database.connect(folder, write=True) as held,
+    ):
+        held.execute("UPDATE meta SET value = ? WHERE key = 'seconds'", (str(3.5 * rounds),))
+    with RunStore.open(folder) as store:
         for node in range(nodes):
             device = {"platform": "Linux-6.12-aarch64", "cores": 4.0, "memory_bytes": 8e9, "python": "3.11.2"}
             store.event("joined", f"client {node}", node=node, device=device)
@@ -38,12 +44,25 @@ def make(folder: Path, rounds: int, nodes: int, *, seed: int, status: str = "fin
                 rejected=len(rows) - accepted,
                 peak_rss_bytes=900_000_000,
                 reference_bytes=180_000_000 * accepted,
-                details={"loss": 2.0 * math.exp(-number / 20), "directions": 10 * nodes},
+                details={"loss": 2.0 * math.exp(-number / 20), **_method(pick, method, number, rounds)},
             )
             store.round(record, rows, entries)
         reason = "round 7 missed its quorum of 5 in 4 attempts: no reply before the deadline"
         if status != "running":
             store.finish(status, reason=reason if status == "failed" else None)  # type: ignore[arg-type]
+
+
+def _method(pick: random.Random, method: str, number: int, rounds: int) -> dict[str, float]:
+    """What the method would report of itself."""
+    if method == "fwdllm":
+        return {
+            "directions": 100.0 + 100 * (number // 8),
+            "variance": 0.1 + 0.4 / number + 0.05 * pick.random(),
+        }
+    if method == "fedkd":
+        energy = 0.8 + 0.19 * (number - 1) / rounds
+        return {"energy": energy, "rank": 3 + 20 * (energy - 0.8) + pick.random()}
+    return {}
 
 
 def _round(
