@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -146,6 +147,18 @@ def test_the_phase_says_what_is_waited_for_and_until_when(served: Served, operat
         expect(operator.get_by_role("log", name="What the nodes logged")).to_contain_text(
             "Nothing: only nodes"
         )
+
+
+def test_a_run_that_goes_away_while_one_looks_is_told(served: Served, operator: Page) -> None:
+    folder = make_run(served.root / "doomed").folder
+    operator.goto("/runs/doomed")
+    expect(operator.locator("canvas")).to_have_count(2)
+    (folder / "summary.json").write_text("{}")
+    expect(operator.get_by_role("heading", name="It cannot be read")).to_be_visible()
+    shutil.rmtree(folder)
+    expect(operator.get_by_text("This page stands still: there is no run 'doomed'")).to_be_visible()
+    operator.goto("/nodes?run_name=doomed")
+    expect(operator.get_by_role("heading", name="Nodes")).to_be_visible()
 
 
 def test_the_adapter_is_downloaded(operator: Page, tmp_path: Path) -> None:

@@ -134,14 +134,22 @@ async def sure(question: str, yes: str, no: str) -> bool:
 
 
 def watch(desk: Desk, who: Principal, look: Callable[[], object]) -> None:
-    """Call ``look`` every tick while somebody has the page open and is logged in."""
+    """Call ``look`` every tick while somebody has the page open and is logged in; say what it cannot see."""
+    said = ""
 
     async def tick() -> None:
+        nonlocal said
         if not desk.goes_on(who, touch=False):
             ui.navigate.to("/login")
             return
-        outcome = look()
-        if hasattr(outcome, "__await__"):
-            await outcome
+        try:
+            outcome = look()
+            if hasattr(outcome, "__await__"):
+                await outcome
+            said = ""
+        except FedllmError as error:
+            if str(error) != said:
+                said = str(error)
+                ui.notify(f"This page stands still: {error}", type="warning", timeout=0, close_button="OK")
 
     ui.timer(TICK_S, tick)

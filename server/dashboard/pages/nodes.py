@@ -25,7 +25,7 @@ def register(desk: Desk) -> None:
             heading("Nodes")
             if desk.federation is not None:
                 await _draw_federation(desk, who)
-            readable = [view.name for view in views if view.state != "unreadable"]
+            readable = [view.name for view in views if view.method]
             if not readable:
                 empty("No run has met a node yet", "Nodes show here once a run has asked them something.")
                 return
@@ -38,6 +38,8 @@ def register(desk: Desk) -> None:
                     with_input=True,
                     on_change=lambda event: ui.navigate.to(f"/nodes?run_name={event.value}"),
                 ).props("dense outlined")
+                known = next(view for view in views if view.name == chosen)
+                ui.label(f"{known.method} on {known.model}").classes("soft")
             table = NodeTable(desk, who, chosen, leave_out=("loss", "transfer", "moved"))
 
             async def look() -> None:

@@ -151,6 +151,10 @@ class _RunPage:
     async def look(self) -> None:
         """Show what has changed since the last look."""
         view = await beside(self.desk.overview, self.name)
+        if not view.rounds:
+            # Begun anew, or damaged meanwhile: there is another page for that.
+            ui.navigate.reload()
+            return
         self._show_head(view)
         stamp = await beside(self.desk.shelf.stamp, self.name)
         if stamp == self.stamp:
