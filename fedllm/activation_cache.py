@@ -1,7 +1,8 @@
 """Hidden states below the lowest trained layer, computed once per text.
 
 When only the top K of L layers are trained, what the lower layers make of a text never changes: each
-further forward pass costs K / L of the model. Entries are kept in memory within a budget, then in files.
+further forward pass costs K / L of the model: a client's probes (:class:`ActivationCache`, in memory within
+a budget, then in files) and the server's evaluations (:class:`Shelf`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fedllm.data import Tokens
 from fedllm.forward import settled
 from fedllm.models import Model
 
-__all__ = ["ActivationCache", "Activations", "Shortcut", "Stack", "stack_of"]
+__all__ = ["ActivationCache", "Activations", "Shelf", "Shortcut", "Stack", "stack_of"]
 
 _TEXTS_AT_ONCE = 32
 
@@ -183,11 +184,10 @@ class ActivationCache:
 
     def _fingerprint(self, module: nn.Module) -> str:
         """Hash the frozen weights; hashed again only after one of them was written to or replaced."""
-        frozen = [p for p in module.parameters() if not p.requires_grad]
-        versions = tuple((p.data_ptr(), p._version) for p in frozen)
+        versions = _versions(module)
         if versions != self._weights[0]:
             digest = hashlib.sha256()
-            for parameter in frozen:
+            for parameter in _frozen(module):
                 raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
                 digest.update(raw.numpy().tobytes())
             self._weights = (versions, digest.hexdigest())
@@ -218,21 +218,70 @@ class ActivationCache:
         return np.memmap(self._folder / key, dtype=np.float32, mode="w+", shape=shape)
 
 
-def _below(
-    model: Model, stack: Stack, tokens: Tokens, indices: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """Run texts through the model and catch what leaves the last frozen layer."""
+@dataclass
+class Shelf:
+    """What leaves the frozen layers, by batch, of one set of texts that is scored again and again.
+
+    A batch's states are those of its own first pass, so that every later pass has the same bits.
+
+    Attributes:
+        budget_bytes: batches beyond it go through all layers each time.
+    """
+
+    budget_bytes: int
+    _states: dict[bytes, torch.Tensor] = field(default_factory=dict)
+    _held: int = 0
+    _weights: tuple[Any, ...] = ()
+
+    @contextmanager
+    def around(self, model: Model, indices: npt.NDArray[np.int64]) -> Iterator[None]:
+        """Let the one pass inside resume from this batch's states, or keep them for the next time."""
+        stack, weights, key = stack_of(model.module), _versions(model.module), indices.tobytes()
+        if weights != self._weights:
+            self._states, self._held, self._weights = {}, 0, weights
+        if not stack.frozen:
+            yield
+        elif key in self._states:
+            with stack.resumed(self._states[key]):
+                yield
+        else:
+            with _caught(stack) as caught:
+                yield
+            if caught and self._held + caught[0].nbytes <= self.budget_bytes:
+                self._held += caught[0].nbytes
+                self._states[key] = caught[0]
+
+
+def _frozen(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if not parameter.requires_grad]
+
+
+def _versions(module: nn.Module) -> tuple[Any, ...]:
+    """Return what changes once a frozen weight is written to or replaced."""
+    return tuple((parameter.data_ptr(), parameter._version) for parameter in _frozen(module))
+
+
+@contextmanager
+def _caught(stack: Stack) -> Iterator[list[torch.Tensor]]:
+    """Collect what leaves the last frozen layer."""
     caught: list[torch.Tensor] = []
     last = stack.layers[stack.frozen - 1]
     hook = last.register_forward_hook(lambda _module, _args, output: caught.append(output))
     try:
-        with settled(model.module):
-            batch = tokens.batch(indices)
-            model.module(
-                input_ids=batch.input_ids.to(model.device),
-                attention_mask=batch.attention_mask.to(model.device),
-            )
+        yield caught
     finally:
         hook.remove()
+
+
+def _below(
+    model: Model, stack: Stack, tokens: Tokens, indices: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Run texts through the model and catch what leaves the last frozen layer."""
+    with _caught(stack) as caught, settled(model.module):
+        batch = tokens.batch(indices)
+        model.module(
+            input_ids=batch.input_ids.to(model.device),
+            attention_mask=batch.attention_mask.to(model.device),
+        )
     values: npt.NDArray[np.float32] = caught[0].float().cpu().numpy()
     return values

@@ -7,12 +7,13 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -26,7 +27,10 @@ from fedllm.network import Network, Output
 from fedllm.randomness import derive
 from fedllm.tensors import Tensors
 
-__all__ = ["Model", "Network", "Output", "evaluate", "load", "save"]
+__all__ = ["Around", "Model", "Network", "Output", "evaluate", "load", "save"]
+
+Around = Callable[[np.ndarray], AbstractContextManager[None]]
+"""Opens something around the pass of a batch, given which of the texts are in it."""
 
 
 @dataclass(eq=False)
@@ -126,11 +130,20 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
     return Model(module.train(), tokenizer, config.model.task, labels, config)
 
 
-def evaluate(model: Model, tokens: Tokens, batch_size: int) -> dict[str, float]:
+def evaluate(
+    model: Model, tokens: Tokens, batch_size: int, around: Around = lambda indices: nullcontext()
+) -> dict[str, float]:
     """Score the model without dropout: ``loss``, and ``accuracy`` or (causal) ``perplexity``.
 
     The loss is the mean over all texts, or over all predicted tokens; it does not depend on ``batch_size``
     beyond rounding. Texts of similar length share a batch, so that little is spent on padding.
+
+    Args:
+        model: as it stands.
+        tokens: the texts.
+        batch_size: texts at a time.
+        around: opened around each batch's pass with the batch's indices, as
+            :meth:`fedllm.activation_cache.Shelf.around`, which spares the frozen layers.
     """
     if not len(tokens):
         raise ModelError("there is no text to evaluate on")
@@ -141,8 +154,10 @@ def evaluate(model: Model, tokens: Tokens, batch_size: int) -> dict[str, float]:
     try:
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
-                batch = tokens.batch(order[start : start + batch_size])
-                output = model.forward(batch)
+                indices = order[start : start + batch_size]
+                batch = tokens.batch(indices)
+                with around(indices):
+                    output = model.forward(batch)
                 assert output.loss is not None
                 causal = model.task == "causal"
                 weight = int((batch.labels[:, 1:] != -100).sum()) if causal else len(batch.labels)

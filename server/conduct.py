@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from flwr.serverapp import Grid
 
-from fedllm import checkpoint, models
+from fedllm import checkpoint
 from fedllm.config import RunConfig
 from fedllm.errors import FedllmError
 from fedllm.provenance import provenance
@@ -82,7 +82,7 @@ def _compose(workshop: Workshop, store: RunStore, *, networked: bool) -> Engine:
 
     def evaluate(tensors: Tensors) -> dict[str, float]:
         workshop.method.load(workshop.model, tensors)
-        return models.evaluate(workshop.model, workshop.test_tokens, config.evaluation.batch_size)
+        return workshop.method.score(workshop.model, workshop.test_tokens)
 
     engine = Engine(
         config,

@@ -163,6 +163,10 @@ class Method(ABC):
         batch_size = work.model.config.evaluation.batch_size
         return Answer({}, len(work.test), evaluate(work.model, work.test, batch_size))
 
+    def score(self, model: Model, test: Tokens) -> dict[str, float]:
+        """Server: score a model on its test set; called after each of many rounds with the same texts."""
+        return evaluate(model, test, model.config.evaluation.batch_size)
+
     def initial(self, model: Model) -> Tensors:
         """Return the global tensors of version 0, which every node derives for itself."""
         return model.read()

@@ -17,7 +17,7 @@ import logging
 import math
 from base64 import b85decode, b85encode
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -26,8 +26,9 @@ from pydantic import Field
 
 from fedllm import models
 from fedllm.accumulator import WeightedSum
-from fedllm.activation_cache import ActivationCache, stack_of
+from fedllm.activation_cache import ActivationCache, Shelf, stack_of
 from fedllm.config import RunConfig, Section
+from fedllm.data import Tokens
 from fedllm.directions import Direction, Kind
 from fedllm.errors import ConfigError, RunFailed, WireError
 from fedllm.flat import Flat, entries, flatten, norm, shaped
@@ -118,6 +119,7 @@ class FwdLLM(Method):
         _check(config, self.options)
         self.gate = Gate(self.options.pacing, self.options.threshold, self.options.max_exchanges)
         self.cache = ActivationCache(self.options.cache_bytes)
+        self.shelf = Shelf(self.options.cache_bytes if self.options.cache else 0)
 
     @property
     def kind(self) -> Kind:
@@ -244,6 +246,11 @@ class FwdLLM(Method):
             )
         count = passes(len(names), options.estimator, options.parallel)
         return found, shortcut.passes(count, self._batch_size)
+
+    def score(self, model: Model, test: Tokens) -> dict[str, float]:
+        """Server: score a model; from the second time on without its frozen lower layers."""
+        around = partial(self.shelf.around, model)
+        return models.evaluate(model, test, self.config.evaluation.batch_size, around)
 
     def fold(self, acc: Round, kind: str, reply: Reply) -> Round:
         """Server: note a client's slopes under its number."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fedllm.activation_cache import ActivationCache, stack_of
+from fedllm import models
+from fedllm.activation_cache import ActivationCache, Shelf, stack_of
 from fedllm.forward import batch_loss, settled
 from strategies.base import Exchange
 from strategies.workshop import Workshop
@@ -108,3 +110,31 @@ def test_what_could_reach_the_lowest_layer_rules_caching_out(tiny_encoder: Path,
     shop = shop_with(tiny_encoder, tiny_texts)
     shop.model.module.backbone.get_input_embeddings().weight.requires_grad_(True)
     assert stack_of(shop.model.module).frozen == 0
+
+
+def test_the_server_scores_again_without_the_frozen_layers_and_to_the_same_bits(shop: Workshop) -> None:
+    """Also after a step, where only what lies above the frozen layers has changed."""
+    method, model, test = shop.method, shop.model, shop.test_tokens
+    calls: list[int] = []
+    handle = stack_of(model.module).layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    method.score(model, test)
+    assert calls
+    for tensors in (shop.initial, {name: t + 0.1 for name, t in shop.initial.items()}):
+        method.load(model, tensors)
+        calls.clear()
+        again = method.score(model, test)
+        assert not calls
+        assert again == models.evaluate(model, test, shop.config.evaluation.batch_size)
+    handle.remove()
+
+
+def test_the_server_notices_changed_frozen_weights_and_keeps_to_its_budget(shop: Workshop) -> None:
+    model, test = shop.model, shop.test_tokens
+    before = shop.method.score(model, test)
+    with torch.no_grad():
+        stack_of(model.module).layers[0].output.dense.weight.mul_(3.0)
+    after = shop.method.score(model, test)
+    assert after == models.evaluate(model, test, shop.config.evaluation.batch_size) != before
+    none = Shelf(0)
+    for _ in range(2):
+        assert after == models.evaluate(model, test, 64, partial(none.around, model))
