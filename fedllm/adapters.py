@@ -1,4 +1,4 @@
-"""From ``[tuning]`` to an adapter: peft's methods by name, rank, targets and options, and two of our own."""
+"""From ``[tuning]`` to an adapter: peft's methods by name, rank, targets and options, and our own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _UNSUITED = {"MULTITASK_PROMPT_TUNING", "POLY", "XLORA"}
 def method_names() -> list[str]:
     """Return every accepted ``tuning.peft`` apart from ``full``.
 
-    >>> {"lora", "dora", "vera", "ia3", "adalora", "prompt", "bitfit", "bottleneck"} <= set(method_names())
+    >>> {"lora", "dora", "vera", "ia3", "adalora", "prompt", "bitfit", "head"} <= set(method_names())
     True
     """
     of_peft = [kind.lower().replace("_", "-") for kind in _kinds()]
@@ -90,6 +90,9 @@ def _attach_small(model: Any, config: RunConfig, heads: Sequence[str]) -> Any:
     tuning = config.tuning
     if tuning.options:
         raise ModelError(f"tuning.options.{min(tuning.options)} is unknown to {tuning.peft}, which has none")
+    if _plain(tuning.peft) == "head" and (tuning.targets or config.model.task == "causal"):
+        wrong = "leave tuning.targets empty" if tuning.targets else 'model.task must be "classification"'
+        raise ModelError(f'tuning.peft = "head" trains the classification head alone: {wrong}')
     if tuning.targets:
         _targets(model, tuning.targets)
     adapted = small_adapters.attach(model, _plain(tuning.peft), tuning.rank, tuning.targets, heads)

@@ -1,13 +1,13 @@
-"""Two small adapters that peft lacks: BitFit (biases) and bottleneck adapters.
+"""What peft lacks: BitFit (biases), bottleneck adapters, and training the head alone.
 
-Either adds a module behind some modules of a frozen transformers model and changes their output y:
+The first two add a module behind some modules of a frozen transformers model and change their output y:
 
     bitfit       y + b                          b starts at 0           (Ben Zaken et al., ACL 2022)
     bottleneck   y + U gelu(D y + d) + u        U and u start at 0      (Houlsby et al., ICML 2019)
 
 ``bitfit`` goes behind every module that has a bias, or behind every linear layer of a model without any
 (Llama); ``bottleneck`` behind the last linear layer of each transformer layer, where Pfeiffer et al. (EACL
-2021) put it.
+2021) put it. ``head`` adds nothing: only the classification head is trained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedllm.errors import ModelError
 
 __all__ = ["NAMES", "Bias", "Bottleneck", "attach", "load", "places", "save"]
 
-NAMES = ("bitfit", "bottleneck")
+NAMES = ("bitfit", "bottleneck", "head")
 
 _WEIGHTS, _DESCRIPTION = "adapter_model.safetensors", "adapter_config.json"
 _SLOT = "small_adapter"
@@ -67,7 +67,7 @@ def attach(model: Any, name: str, rank: int, targets: Sequence[str], heads: Sequ
     Args:
         model: without an adapter.
         name: one of :data:`NAMES`.
-        rank: width of the bottleneck; unused by ``bitfit``.
+        rank: width of the bottleneck; unused by the others.
         targets: ends of module names, or ``all-linear``; empty takes the method's own choice.
         heads: modules that are new in this model, trained and saved whole.
 
@@ -93,6 +93,8 @@ def attach(model: Any, name: str, rank: int, targets: Sequence[str], heads: Sequ
 
 def places(model: nn.Module, name: str, targets: Sequence[str] = (), heads: Sequence[str] = ()) -> list[str]:
     """Return the full names of the modules that get an adapter, sorted."""
+    if name == "head":
+        return []
     wide = {n: m for n, m in model.named_modules() if n not in heads and _width(m)}
     linear = [(layer, n) for layer, n in _by_layer(wide) if _is_linear(wide[n])]
     everywhere = [n for _, n in linear]

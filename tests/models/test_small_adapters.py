@@ -218,11 +218,27 @@ def test_a_folder_of_another_kind_or_model_is_refused(build: Build, tmp_path: Pa
         ("bitfit", {"targets": ("queri",)}, "has no module 'queri'"),
         ("bitfit", {"targets": ("attention",)}, "finds nothing in BertModel"),
         ("bottleneck", {"options": {"size": 3}}, "tuning.options.size is unknown to bottleneck"),
+        ("head", {"targets": ("query",)}, "leave tuning.targets empty"),
+        ("head", {"pooling": "causal"}, 'must be "classification"'),
     ],
 )
 def test_mistakes_are_explained(build: Build, name: str, tuning: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         build(name, **tuning)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "names"),
+    [
+        ("mean", {"head.weight", "head.bias"}),
+        ("own", {"backbone.classifier.weight", "backbone.classifier.bias"}),
+    ],
+)
+def test_the_head_alone_can_be_trained(build: Build, pooling: str, names: set[str]) -> None:
+    model, tokens = build("head", pooling)
+    assert model.trainable().keys() == names
+    losses = train(model, tokens, steps=4)
+    assert losses[-1] < losses[0]
 
 
 def test_trained_tensors_depend_on_the_seed_only(build: Build) -> None:
