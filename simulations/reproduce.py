@@ -44,7 +44,8 @@ EXPERIMENTS = {
         paper=("model.name=roberta-base", "data.name=fancyzhx/ag_news", "clients=100", "server.sample=10"),
     ),
     "fwdllm": Experiment(
-        ("quickstart", "fwdllm", "fwdllm-cold"),
+        ("fwdllm-backprop", "fwdllm"),
+        once=("fwdllm-cold",),
         paper=("model.name=distilbert-base-uncased", "data.name=fancyzhx/ag_news", "clients=100"),
     ),
     "fedkd": Experiment(

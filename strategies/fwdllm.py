@@ -34,7 +34,7 @@ from fedllm.errors import ConfigError, RunFailed, WireError
 from fedllm.flat import Flat, entries, flatten, norm, shaped
 from fedllm.forward import Slopes, batch_loss, passes, settled, slopes
 from fedllm.models import Model
-from fedllm.pacing import Gate, Rule, stretch
+from fedllm.pacing import Gate, Rule, signal_to_noise, stretch
 from fedllm.prospects import announce, warn_of_setup
 from fedllm.randomness import stream
 from fedllm.scalars import Cohort, gradient, halves, pack_cohort, unpack_cohort
@@ -43,7 +43,7 @@ from fedllm.tensors import Spec, Tensors, TensorSpec, dense_bytes, spec_of
 from fedllm.warm_start import Start, head, pack_head, statistics, statistics_spec, unpack_head
 from strategies.base import Answer, Commit, Exchange, Method, Passes, Replay, Reply, State, Work
 
-__all__ = ["METHOD", "FwdLLM", "Options"]
+__all__ = ["METHOD", "FwdLLM", "Options", "decay"]
 
 logger = logging.getLogger(__name__)
 
@@ -285,6 +285,9 @@ class FwdLLM(Method):
         memory["report/directions"] = torch.tensor(float(acc.cohort.directions))
         if acc.measured is not None:
             memory[f"report/{self.options.pacing}"] = torch.tensor(acc.measured)
+        elif acc.cohort.directions > 1:
+            a, b = halves(acc.cohort, self.config.seed, acc.entries, self.kind)
+            memory["report/ratio"] = torch.tensor(signal_to_noise(a, b))
         plain = self.config.server.optimizer == "sgd" and self.config.server.learning_rate == 1.0
         return (Replay(record) if plain and acc.dense is None else after), memory
 
@@ -302,7 +305,7 @@ class FwdLLM(Method):
 
     def _stepped(self, tensors: Tensors, flat: np.ndarray, round: int) -> Tensors:
         """Take the step in float64 with sums that no machine rounds differently."""
-        rate = self.options.learning_rate * _decay(self.options.schedule, (round - 1) / self.config.rounds)
+        rate = self.options.learning_rate * decay(self.options.schedule, (round - 1) / self.config.rounds)
         weights = flatten(tensors)
         if self.options.step == "trust":
             length = norm(flat)
@@ -362,7 +365,12 @@ def _check(config: RunConfig, options: Options) -> None:
         raise ConfigError("fwdllm.pacing compares two halves: ask for at least 2 directions or 2 clients")
 
 
-def _decay(schedule: str, progress: float) -> float:
+def decay(schedule: str, progress: float) -> float:
+    """Return the share of the learning rate that is left at ``progress`` in [0, 1].
+
+    >>> decay("cosine", 0.5), decay("linear", 0.25)
+    (0.5, 0.75)
+    """
     if schedule == "cosine":
         # A polynomial in place of libm's cosine, whose last bit differs between machines: 1 - 3 t^2 + 2 t^3
         # stays within 0.011 of (1 + cos(pi t)) / 2.

@@ -87,11 +87,11 @@ class Workshop:
     @cached_property
     def test_tokens(self) -> Tokens:
         """The server's test set."""
-        return self._tokenise(self.split[1])
+        return self.tokenise(self.split[1])
 
     @cached_property
     def _train_tokens(self) -> Tokens:
-        return self._tokenise(self.corpus if self.own_data else self.split[0])
+        return self.tokenise(self.corpus if self.own_data else self.split[0])
 
     def client_tokens(self, node: int) -> tuple[Tokens, Tokens]:
         """Return the training and the held-out texts of one client."""
@@ -106,7 +106,8 @@ class Workshop:
         train, test = data.hold_out(everything, self.config.data.client_test_fraction, self.config.seed, node)
         return tokens.subset(train), tokens.subset(test)
 
-    def _tokenise(self, corpus: Corpus) -> Tokens:
+    def tokenise(self, corpus: Corpus) -> Tokens:
+        """Tokenise texts as the run does."""
         return data.tokenise(
             corpus, self.model.tokenizer, self.config.data.max_length, self.config.model.task
         )

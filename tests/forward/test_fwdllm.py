@@ -218,6 +218,23 @@ def test_pacing_asks_until_the_gate_or_the_cap(
     assert float(memory["report/directions"]) == 4 * 40 * exchanges
 
 
+def test_a_round_of_one_exchange_tells_its_signal_to_noise_too(shop: Workshop) -> None:
+    """From every other direction of each client, rebuilt here from their definition."""
+    acc, width = shop.method.begin(start(shop), 1), vector(start(shop).tensors).size
+    sides: list[list[np.ndarray]] = [[], []]
+    answers = {node: ask(shop, start(shop), Exchange("fit"), node, 1) for node in (0, 1)}
+    total = sum(answer.examples for answer in answers.values())
+    for rank, (node, answer) in enumerate(answers.items()):
+        acc = shop.method.fold(acc, "fit", reply_of(answer, node))
+        for i, slope in enumerate(answer.tensors["slopes"].numpy()):
+            share = answer.examples / total / (P / 2)
+            sides[(rank + i) % 2].append(share * slope * flat(Direction(0, 1, node, i), width))
+    _, memory = shop.method.step(start(shop), acc)
+    a, b = (np.sum(side, axis=0) for side in sides)
+    want = (a @ b) / (((a - b) ** 2).sum() / 4)
+    assert float(memory["report/ratio"]) == pytest.approx(want, rel=1e-3)
+
+
 @pytest.mark.parametrize(("threshold", "exchanges"), [(1e9, 1), (1e-30, 3)])
 def test_the_papers_rule_asks_while_the_variance_is_above(
     tiny_encoder: Path, tiny_texts: Path, threshold: float, exchanges: int
