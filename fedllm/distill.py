@@ -189,6 +189,8 @@ class Distillation:
         reverse: take the KL terms in the other direction, see :func:`divergence`.
         literal: leave D in the graph, as the paper's equations can be read: a model may then lower its
             distillation loss by raising its task loss. By default D only weighs.
+        mutual_weight: multiplies Ld_t and Ld_s, >= 0; the paper has 1.
+        hidden_weight: multiplies Lh, hidden states and attention maps together, >= 0; the paper has 1.
     """
 
     mutual: bool = True
@@ -197,6 +199,8 @@ class Distillation:
     temperature: float = 1.0
     reverse: bool = False
     literal: bool = False
+    mutual_weight: float = 1.0
+    hidden_weight: float = 1.0
 
     def __call__(
         self,
@@ -205,6 +209,7 @@ class Distillation:
         labels: Tensor,
         mask: Tensor,
         projections: Projections | None = None,
+        share: float = 1.0,
     ) -> Losses:
         """Compute every term of one batch.
 
@@ -214,6 +219,7 @@ class Distillation:
             labels: what both models were asked to predict, as in :func:`predictions`.
             mask: [b, t], 1 at real tokens.
             projections: Wh; needed where hidden states are compared.
+            share: multiplies every term but the task losses: where a ramp stands, in [0, 1].
         """
         task_t, task_s = teacher.loss, student.loss
         divergence_t = divergence_s = apart = torch.zeros_like(task_s)
@@ -221,15 +227,17 @@ class Distillation:
         if self.mutual:
             rows_t = predictions(teacher.logits, labels)
             rows_s = predictions(student.logits, labels)
-            divergence_t = self._divergence(rows_s, rows_t) / self._scale(task_t, task_s.detach())
-            divergence_s = self._divergence(rows_t, rows_s) / self._scale(task_s, task_t.detach())
+            weight = share * self.mutual_weight
+            divergence_t = weight * self._divergence(rows_s, rows_t) / self._scale(task_t, task_s.detach())
+            divergence_s = weight * self._divergence(rows_t, rows_s) / self._scale(task_s, task_t.detach())
         if self.hidden:
             assert projections is not None
             projected = [projections(layer, state) for layer, state in enumerate(student.hidden)]
             apart = apart + _mean(hidden_distance, teacher.hidden, projected, mask)
         if self.attention:
             apart = apart + _mean(attention_distance, teacher.attention, student.attention, mask)
-        return Losses(task_t, task_s, divergence_t, divergence_s, apart / self._scale(task_t, task_s))
+        apart = share * self.hidden_weight * apart / self._scale(task_t, task_s)
+        return Losses(task_t, task_s, divergence_t, divergence_s, apart)
 
     def _scale(self, own: Tensor, other: Tensor) -> Tensor:
         total = own + other

@@ -67,6 +67,14 @@ class Options(Section):
     """Compare hidden states of matched layers."""
     attention: bool = True
     """Compare attention maps of matched layers."""
+    match: Literal["spread", "origin"] = "spread"
+    """Teacher layers that the student's are compared with: spread evenly, or those it was made from."""
+    mutual_weight: float = Field(1.0, ge=0.0)
+    """Multiplies the KL terms."""
+    hidden_weight: float = Field(1.0, ge=0.0)
+    """Multiplies the hidden loss, hidden states and attention maps together."""
+    ramp: float = Field(0.0, ge=0.0, le=1.0)
+    """Share of the run over which all terms but the task losses rise linearly from 0 to their weight."""
     temperature: float = Field(1.0, gt=0.0)
     """Softens both predictions of the KL terms."""
     divergence: Literal["forward", "reverse"] = "forward"
@@ -107,6 +115,10 @@ class FedKD(Averaging):
             raise ConfigError(
                 "fedkd.width applies to a student made from the teacher; fedkd.student is given"
             )
+        if self.options.student is not None and self.options.match == "origin":
+            raise ConfigError(
+                'fedkd.match = "origin" needs a student made from the teacher; fedkd.student is given'
+            )
         self._tutor: Tutor | None = None
 
     def build(self, labels: tuple[str, ...]) -> Model:
@@ -144,7 +156,7 @@ class FedKD(Averaging):
         batches: Iterable[Batch] = minibatches(
             work.train, training.batch_size, training.local_steps, generator
         )
-        objective = _Objective(self.options, student, tutor)
+        objective = _Objective(self.config, self.options, student, tutor, work.progress)
         optimizer: torch.optim.Optimizer | None = None
         if tutor is not None:
             optimizer = self._optimizer(tutor, work)
@@ -201,8 +213,12 @@ class FedKD(Averaging):
 class _Objective:
     """The loss of one batch from one forward pass of each model; adds up the task losses on the way."""
 
-    def __init__(self, options: Options, student: Model, tutor: Tutor | None) -> None:
+    def __init__(
+        self, config: RunConfig, options: Options, student: Model, tutor: Tutor | None, progress: float
+    ) -> None:
         self.student, self.tutor = student, tutor
+        self.progress, self.ramp = progress, options.ramp
+        self.all_batches = config.rounds * config.training.local_steps
         self.distil = Distillation(
             options.mutual,
             options.hidden,
@@ -210,10 +226,14 @@ class _Objective:
             options.temperature,
             options.divergence == "reverse",
             options.literal,
+            options.mutual_weight,
+            options.hidden_weight,
         )
         self.layers = range(1, depth(student) + 1)
         whole = depth(tutor.model) if tutor is not None else depth(student)
         self.matched = matched_layers(whole, depth(student))
+        if options.match == "origin":
+            self.matched = tuple(layer + 1 for layer in _chosen(options.layers, whole))
         self.share = depth(student) / whole
         self.totals: dict[str, float] = {}
         self.batches = 0
@@ -227,9 +247,15 @@ class _Objective:
         teacher = self._look(self.tutor.model, batch, self.matched)
         student = self._look(self.student, batch, tuple(self.layers))
         labels, mask = (tensor.to(self.student.device) for tensor in (batch.labels, batch.attention_mask))
-        losses = self.distil(teacher, student, labels, mask, self.tutor.projections)
+        losses = self.distil(teacher, student, labels, mask, self.tutor.projections, self._share())
         self._note(loss=losses.student, teacher_loss=losses.teacher)
         return losses.total
+
+    def _share(self) -> float:
+        if not self.ramp:
+            return 1.0
+        done = self.progress + (self.batches - 1) / self.all_batches
+        return min(1.0, done / self.ramp)
 
     def means(self) -> dict[str, float]:
         return {name: total / self.batches for name, total in self.totals.items()}

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from fedllm import models
 from fedllm.data import Batch
+from fedllm.distill import Distillation, Losses
+from fedllm.errors import ConfigError
 from fedllm.models import Model
 from fedllm.randomness import stream
 from fedllm.tensors import Tensors, fingerprint
@@ -111,12 +113,60 @@ def test_without_any_term_teacher_and_student_are_plainly_fine_tuned(start: Star
         {"temperature": 2.0},
         {"divergence": "reverse"},
         {"literal": True},
+        {"mutual_weight": 0.5},
+        {"hidden_weight": 0.5},
+        {"ramp": 1.0},
+        {"match": "origin", "layers": (0, 1)},
     ],
 )
 def test_every_option_of_the_loss_reaches_both_models(start: Start, options: dict[str, Any]) -> None:
     usual, other = start().fit(), start(**options).fit()
     assert fingerprint(usual.tensors) != fingerprint(other.tensors)
     assert fingerprint(_part(usual.local, "teacher/")) != fingerprint(_part(other.local, "teacher/"))
+
+
+def test_a_ramp_rises_from_nothing_over_its_share_of_the_run(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four rounds of three steps, a ramp of half the run: full weight from the seventh step on."""
+    shares: list[float] = []
+    objective = Distillation.__call__
+
+    def noted(self: Distillation, *views: Any) -> Losses:
+        shares.append(views[-1])
+        return objective(self, *views)
+
+    monkeypatch.setattr(Distillation, "__call__", noted)
+    client = start(ramp=0.5)
+    for round in (1, 2, 3):
+        client.fit(round=round)
+    assert shares == pytest.approx([step / 6 for step in range(6)] + [1.0] * 3)
+
+
+def test_a_student_is_compared_with_the_layers_it_was_made_of(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two of four layers compute the same in both models, so nothing is apart at first."""
+    apart: list[float] = []
+    objective = Distillation.__call__
+
+    def noted(self: Distillation, *views: Any) -> Losses:
+        losses = objective(self, *views)
+        apart.append(losses.hidden.item())
+        return losses
+
+    monkeypatch.setattr(Distillation, "__call__", noted)
+    start(match="origin", layers=(0, 1)).fit()
+    assert apart[0] == pytest.approx(0.0, abs=1e-9)
+    assert apart[1] > 1e-6
+    apart.clear()
+    start(layers=(0, 1)).fit()
+    assert apart[0] > 1e-3
+
+
+def test_a_student_of_another_make_has_no_origin(start: Start, tiny_encoder: Path) -> None:
+    with pytest.raises(ConfigError, match="made from the teacher"):
+        start(match="origin", student=str(tiny_encoder))
 
 
 def test_one_forward_pass_of_each_model_serves_all_losses(

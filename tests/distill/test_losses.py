@@ -147,6 +147,30 @@ def test_every_term_of_a_small_case_by_hand() -> None:
     )
 
 
+def test_weights_multiply_the_terms_of_the_case_by_hand() -> None:
+    """KL((.5, .5) || (.9, .1)) is log(5/3); hidden states differ by 2, maps by a half; D = 2."""
+    teacher = View(
+        torch.tensor(0.8),
+        torch.log(torch.tensor([[0.5, 0.5]])),
+        (torch.tensor([[[3.0]]]),),
+        (torch.tensor([[[[1.0]]]]),),
+    )
+    student = View(
+        torch.tensor(1.2),
+        torch.log(torch.tensor([[0.9, 0.1]])),
+        (torch.tensor([[[1.0]]]),),
+        (torch.tensor([[[[0.5]]]]),),
+    )
+    objective = Distillation(mutual_weight=0.5, hidden_weight=0.25)
+    wh = Projections(1, 1, 1)
+    got = objective(teacher, student, torch.tensor([0]), torch.tensor([[1]]), wh, share=0.4)
+    assert (got.teacher.item(), got.student.item()) == pytest.approx((0.8, 1.2))
+    assert got.student_divergence.item() == pytest.approx(0.4 * 0.5 * math.log(5 / 3) / 2.0, rel=1e-5)
+    teacher_from_student = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
+    assert got.teacher_divergence.item() == pytest.approx(0.4 * 0.5 * teacher_from_student / 2.0, rel=1e-5)
+    assert got.hidden.item() == pytest.approx(0.4 * 0.25 * (4.0 + 0.25) / 2.0)
+
+
 @pytest.mark.parametrize(("literal", "weight"), [(False, 0.5), (True, 10.0)])
 def test_a_batch_that_both_models_fit_weighs_half_at_most(literal: bool, weight: float) -> None:
     """Task losses of 0.05 make D = 0.1; only the literal reading multiplies the distillation terms by ten."""
@@ -177,7 +201,8 @@ def test_one_backward_pass_gives_each_part_the_gradient_of_its_own_objective(
     """Teacher: Lt + Ld_t + Lh. Student: Ls + Ld_s + Lh. Wh: Lh. Lh counts once for each."""
     teacher, student, wh = _leaves(1, 4), _leaves(2, 3), _wh()
     parts = {"teacher": teacher, "student": student, "projections": dict(wh.named_parameters())}
-    objective = Distillation(literal=literal, reverse=reverse, temperature=1.5)
+    weights = {"mutual_weight": 0.7, "hidden_weight": 1.3}
+    objective = Distillation(literal=literal, reverse=reverse, temperature=1.5, **weights)
     _losses(objective, teacher, student, wh).total.backward()
     at_start = _losses(Distillation(), teacher, student, wh)
     scale = (at_start.teacher + at_start.student).item()
