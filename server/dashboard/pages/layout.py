@@ -104,9 +104,15 @@ def lever(text: str, work: Callable[[], object], *, who: Principal, style: str =
 
 
 def empty(headline: str, advice: str, link: tuple[str, str] | None = None) -> None:
-    """Say that there is nothing to see, and what to do about it; ``link`` is a text and where it leads."""
+    """Say that there is nothing to see, and what to do about it.
+
+    Args:
+        headline: what there is not.
+        advice: one sentence.
+        link: where there is nothing else on the page: a text, and where it leads.
+    """
     with ui.element("div").classes("panel empty"):
-        heading(headline, 2)
+        heading(headline, 1 if link else 2)
         ui.label(advice).classes("soft")
         if link:
             ui.link(*link)
