@@ -24,6 +24,7 @@ from fedllm.runs import Run
 from server.conduct import conduct
 from simulations.loopback import LoopbackGrid, loopback
 from simulations.report import write
+from strategies.round_log import RoundLog
 from strategies.workshop import Workshop
 from tests.rounds.federation import Fault, configuration, run
 
@@ -237,6 +238,20 @@ def test_a_simulated_client_that_waits_its_turn_is_not_slow(undisturbed: Path) -
     rows = Run(undisturbed).nodes()
     assert {row.transfer_seconds for row in rows} == {0.0}
     assert min(row.compute_seconds for row in rows) > 0.0
+
+
+@pytest.mark.parametrize(("networked", "transfer"), [(True, 3.0), (False, 0.0)])
+def test_what_a_reply_took_beyond_computing_is_transfer_where_there_is_a_network(
+    networked: bool, transfer: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("strategies.round_log.time.monotonic", lambda: clock[0])
+    log = RoundLog(1, networked=networked)
+    log.crossed("down", 0, "fit", RecordDict(), payload=0, dense=None)
+    clock[0] = 105.0
+    log.outcome(0, "fit", "accepted", metrics={"seconds": 2.0})
+    (row,) = log.nodes
+    assert (row.compute_seconds, row.transfer_seconds) == (2.0, transfer)
 
 
 def test_a_round_that_succeeds_at_the_second_attempt_changes_no_bit(
