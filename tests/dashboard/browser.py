@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page
 
 from server.dashboard.access import Accounts
 
-__all__ = ["CHROMIUM", "Served", "log_in", "serve"]
+__all__ = ["CHROMIUM", "Served", "free_port", "log_in", "serve"]
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -38,9 +38,7 @@ def serve(root: Path) -> Iterator[Served]:
     """Serve a folder of runs on a free port; ends with the block."""
     accounts = Accounts(root / ".dashboard")
     operator, viewer = accounts.add_user("olive", "operator"), accounts.add_user("vera", "viewer")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "server.dashboard", str(root), "--port", str(port)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -53,6 +51,14 @@ def serve(root: Path) -> Iterator[Served]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
+
+
+def free_port() -> int:
+    """Find a TCP port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _await(url: str, process: subprocess.Popen[bytes]) -> None:

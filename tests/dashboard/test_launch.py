@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fedllm.runs import Run
 from server.dashboard.desk import Desk
+from tests.dashboard.browser import free_port
 from tests.dashboard.client import TestClient
 
 pytestmark = pytest.mark.slow
@@ -67,3 +71,21 @@ def test_what_cannot_start_says_why(operator: TestClient) -> None:
     assert answer.status_code == 422
     assert answer.json()["detail"] == "unknown key training.local_stps; did you mean local_steps?"
     assert operator.post("/api/runs", json={"name": "x", "preset": "../etc/passwd"}).status_code == 404
+
+
+def test_a_dashboard_beside_a_command_ends_with_it_however_it_ends(tmp_path: Path) -> None:
+    """As under ``fedllm simulate --dashboard``: nobody would find it again."""
+    child = f"[{sys.executable!r}, '-m', 'server.dashboard', {str(tmp_path)!r}, '--port', '{free_port()}']"
+    code = f"import subprocess; child = subprocess.Popen({child}); print(child.pid, flush=True); child.wait()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        dashboard = psutil.Process(int(parent.stdout.readline()))
+        deadline = time.monotonic() + 90
+        while not dashboard.net_connections():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        parent.kill()
+    # Whoever adopts it may not wait for it.
+    while dashboard.is_running() and dashboard.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
