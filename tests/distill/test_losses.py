@@ -121,8 +121,8 @@ def test_causal_predictions_are_scored_one_position_later() -> None:
     assert predictions(logits, labels).tolist() == [logits[0, 0].tolist(), logits[1, 1].tolist()]
 
 
-def test_every_term_of_a_small_case_by_hand() -> None:
-    """One text of one token, two classes, width one: each term fits on a line."""
+def small_case() -> tuple[View, View]:
+    """Return a teacher's and a student's view of one text of one token: two classes, width one."""
     teacher = View(
         torch.tensor(0.8),
         torch.log(torch.tensor([[0.5, 0.5]])),
@@ -135,6 +135,11 @@ def test_every_term_of_a_small_case_by_hand() -> None:
         (torch.tensor([[[1.0]]]),),
         (torch.tensor([[[[0.5]]]]),),
     )
+    return teacher, student
+
+
+def test_every_term_of_a_small_case_by_hand() -> None:
+    teacher, student = small_case()
     got = Distillation()(teacher, student, torch.tensor([0]), torch.tensor([[1]]), Projections(1, 1, 1))
     student_from_teacher = (0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)) / 2.0
     teacher_from_student = (0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)) / 2.0
@@ -149,18 +154,7 @@ def test_every_term_of_a_small_case_by_hand() -> None:
 
 def test_weights_multiply_the_terms_of_the_case_by_hand() -> None:
     """KL((.5, .5) || (.9, .1)) is log(5/3); hidden states differ by 2, maps by a half; D = 2."""
-    teacher = View(
-        torch.tensor(0.8),
-        torch.log(torch.tensor([[0.5, 0.5]])),
-        (torch.tensor([[[3.0]]]),),
-        (torch.tensor([[[[1.0]]]]),),
-    )
-    student = View(
-        torch.tensor(1.2),
-        torch.log(torch.tensor([[0.9, 0.1]])),
-        (torch.tensor([[[1.0]]]),),
-        (torch.tensor([[[[0.5]]]]),),
-    )
+    teacher, student = small_case()
     objective = Distillation(mutual_weight=0.5, hidden_weight=0.25)
     wh = Projections(1, 1, 1)
     got = objective(teacher, student, torch.tensor([0]), torch.tensor([[1]]), wh, share=0.4)
