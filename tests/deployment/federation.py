@@ -7,7 +7,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,16 @@ class Federation:
             return bool(stored.rounds(after=number - 1))
 
         until(committed, 600)
+
+    def hold(self, run: Submitted, meanwhile: Callable[[], None]) -> int:
+        """Do something while a run pauses after the round under way; returns that round."""
+        stored = StoredRun(run.folder)
+        stored.post_command("pause", "test")
+        meanwhile()
+        until(lambda: stored.phase.get("name") == "paused", 300)
+        last = stored.rounds()[-1].round
+        stored.post_command("resume", "test")
+        return last
 
     def restart_link(self) -> None:
         """Start another SuperLink on the same folder, as ``fedllm server`` does when one has died."""

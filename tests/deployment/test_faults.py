@@ -97,18 +97,17 @@ def test_a_node_leaves_and_comes_back_with_its_residuals(
     three: Federation, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
     """Rounds go on without it, at the quorum; then it starts from its last reply that counted."""
-    config = quantised(tiny_encoder, tiny_texts, "away", ANY_TWO, rounds=5)
+    config = quantised(tiny_encoder, tiny_texts, "away", ANY_TWO, rounds=6)
     run = three.submit(config)
     three.await_round(run, 1)
-    three.leave(2)
-    away = StoredRun(run.folder).rounds()[-1].round + 1
-    three.await_round(run, away + 1)
-    three.join(2)
+    away = 1 + three.hold(run, lambda: three.leave(2))
+    three.await_round(run, away)
+    three.hold(run, lambda: three.join(2))
     summary = three.finish(run)
     ends_right(run, summary, config, tmp_path)
-    assert 2 not in counted(run)[away + 1]
-    assert 2 in counted(run)[5]
-    assert "state_lost" not in outcomes(run, 2)[5].metrics
+    assert 2 not in counted(run)[away]
+    assert 2 in counted(run)[6]
+    assert "state_lost" not in outcomes(run, 2)[6].metrics
 
 
 def test_a_hostile_node_spoils_nothing(

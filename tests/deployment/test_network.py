@@ -72,6 +72,12 @@ def test_a_cable_is_pulled_and_plugged_in_again(
         made.join(0, 1)
         made.join(2, namespace=INSIDE)
         made.warm_up(tiny_encoder, tiny_texts)
+
+        def plugged_in() -> None:
+            until(lambda: "node-2" not in made.online(), 90)
+            ip("link", "set", cable, "up")
+            until(lambda: "node-2" in made.online(), 120)
+
         config = quantised(tiny_encoder, tiny_texts, "cut", ANY_TWO, rounds=5)
         made.ask("unhurried", 0, 1, 2)
         run = made.submit(config)
@@ -80,11 +86,7 @@ def test_a_cable_is_pulled_and_plugged_in_again(
         ip("link", "set", cable, "down")
         cut = StoredRun(run.folder).rounds()[-1].round + 1
         made.await_round(run, cut)
-        StoredRun(run.folder).post_command("pause", "test")
-        until(lambda: "node-2" not in made.online(), 90)
-        ip("link", "set", cable, "up")
-        until(lambda: "node-2" in made.online(), 120)
-        StoredRun(run.folder).post_command("resume", "test")
+        made.hold(run, plugged_in)
         ends_right(run, made.finish(run), config, tmp_path)
         assert 2 not in counted(run)[cut]
         assert 2 in counted(run)[5]
