@@ -85,8 +85,10 @@ class Run:
     @property
     def status(self) -> str:
         """``running``, ``finished``, ``failed``, ``stopped``, or ``interrupted`` (killed)."""
+        # In this order: a run that ends writes its status before it lets go of the folder.
+        pid = self.pid
         status = str(self._meta("status"))
-        return "interrupted" if status == "running" and self.pid is None else status
+        return "interrupted" if status == "running" and pid is None else status
 
     @property
     def phase(self) -> dict[str, Any]:

@@ -196,6 +196,8 @@ def _overview(folder: Path) -> Overview:
 
 
 def _read_overview(folder: Path) -> Overview:
+    # Asked first: a run that ends writes its status before it lets go of the folder.
+    alive = run_lock.holder(folder) is not None
     with disk_errors(folder), run_database.connect(folder) as connection:
         wanted = "SELECT key, value FROM meta WHERE key IN ('status', 'phase')"
         meta = {row["key"]: json.loads(row["value"]) for row in connection.execute(wanted)}
@@ -213,7 +215,7 @@ def _read_overview(folder: Path) -> Overview:
     seconds = [line["seconds"] for line in lines[-5:]]
     mean = sum(seconds) / len(seconds) if seconds else None
     done = lines[-1]["round"] if lines else 0
-    state = _state(folder, meta["status"], meta["phase"])
+    state = _state(meta["status"], meta["phase"], alive)
     moved = summary["bytes"]
     return Overview(
         name=folder.name,
@@ -246,10 +248,10 @@ def _read_overview(folder: Path) -> Overview:
     )
 
 
-def _state(folder: Path, status: str, phase: dict[str, Any]) -> str:
+def _state(status: str, phase: dict[str, Any], alive: bool) -> str:
     if status != "running":
         return status
-    if run_lock.holder(folder) is None:
+    if not alive:
         return "interrupted"
     return "paused" if phase.get("name") == "paused" else "running"
 
