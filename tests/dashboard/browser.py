@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from server.dashboard.access import Accounts
 
-__all__ = ["CHROMIUM", "Served", "free_port", "log_in", "serve"]
-
-CHROMIUM = Path("/usr/bin/chromium")
+__all__ = ["Served", "chromium", "free_port", "log_in", "serve"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,16 @@ class Served:
     root: Path
     operator: str
     viewer: str
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Start a browser without a window; ends with the block."""
+    arguments = ["--no-sandbox", "--disable-gpu"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
+        yield browser
+        browser.close()
 
 
 @contextlib.contextmanager

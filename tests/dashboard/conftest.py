@@ -8,13 +8,21 @@ from pathlib import Path
 import argon2
 import pytest
 from fastapi import FastAPI
+from playwright.sync_api import Browser
 
 from server.dashboard import access
 from server.dashboard.app import create
 from server.dashboard.desk import Desk
+from tests.dashboard.browser import chromium
 from tests.dashboard.client import TestClient
 
 LogIn = Callable[..., TestClient]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from fedllm.store import RunStore
-from tests.dashboard.browser import CHROMIUM, Served, log_in, serve
+from tests.dashboard.browser import Served, chromium, log_in, serve
 from tests.dashboard.crowd import fill, make
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -41,10 +41,8 @@ def main() -> None:
         root = Path(folder) / "runs"
         fill(root, runs=12, rounds=30, nodes=20)
         make(root / LIVE, 24, 8, seed=2, status="running")
-        with RunStore.open(root / LIVE) as store, serve(root) as served, sync_playwright() as playwright:
+        with RunStore.open(root / LIVE) as store, serve(root) as served, chromium() as browser:
             store.phase("fit", round=25, have=5, need=8, rounds=44, closes_at=time.time() + 580)
-            arguments = ["--no-sandbox", "--disable-gpu"]
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
             for name in SHOTS:
                 _shoot(browser, served, name)
 

@@ -13,25 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from fedllm.config import RunConfig
 from fedllm.runs import Run
 from fedllm.store import NodeRound, Round, RunStore
-from tests.dashboard.browser import CHROMIUM, Served, log_in, serve
+from tests.dashboard.browser import Served, log_in, serve
 from tests.reports.made_up import make_run
 
 pytestmark = pytest.mark.slow
 expect.set_options(timeout=45_000)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu"]
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from server.dashboard.shelf import Shelf
-from tests.dashboard.browser import CHROMIUM, Served, log_in, serve
+from tests.dashboard.browser import Served, log_in, serve
 from tests.dashboard.crowd import copies
 
 pytestmark = pytest.mark.slow
@@ -28,16 +28,6 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(crowd: Path) -> Iterator[Served]:
     with serve(crowd) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield chromium
-        chromium.close()
 
 
 def test_every_page_is_painted_within_a_second(served: Served, browser: Browser) -> None:
