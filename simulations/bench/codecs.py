@@ -25,7 +25,7 @@ from fedllm.codecs.floats import NormalFloat4
 from fedllm.codecs.quantize import Quantize
 from fedllm.codecs.rotate import Rotate
 from fedllm.tensors import Tensors, spec_of
-from simulations.bench import codec_fuzz, eden
+from simulations.bench import codec_fuzz, coders, eden
 
 __all__ = ["draw", "run"]
 
@@ -69,7 +69,8 @@ def run(fuzz: int = 0) -> dict[str, Any]:
 
     Returns:
         ``codecs``: MB/s each way, bits a value and NMSE for N(0, 1). ``peers``: MB/s. ``ratios``: codec over
-        peer, each with its target. ``low_rank``: seconds. ``curves``: bits against NMSE. ``fuzz``: counts.
+        peer, each with its target. ``low_rank``: seconds. ``coders``: the entropy coder beside zstandard.
+        ``curves``: bits against NMSE. ``fuzz``: counts.
     """
     x = torch.randn(VALUES, generator=torch.Generator().manual_seed(0))
     peers: Jobs = {"memcpy": x.clone, **_eden(x), **_bitsandbytes(x)}
@@ -85,6 +86,7 @@ def run(fuzz: int = 0) -> dict[str, Any]:
         "peers": {name: speed[name] for name in peers},
         "ratios": _ratios(speed, low_rank),
         "low_rank": low_rank,
+        "coders": coders.run(),
         "curves": {name: [_quality(text) for text in texts] for name, texts in CURVES.items()},
         "fuzz": codec_fuzz.fuzz(fuzz) if fuzz else None,
     }
