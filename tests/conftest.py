@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+
+# Read when transformers is first imported: no test looks for anything on a network.
+os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 
 from fedllm.config import RunConfig, TuningConfig
 from fedllm.models import Model, load
