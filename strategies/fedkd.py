@@ -295,12 +295,15 @@ def _values(tutor: Tutor) -> Tensors:
 
 
 def _remember(tutor: Tutor, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Everything a client keeps: teacher, Wh, and the moments of each under ``moment/KIND/NAME``."""
+    """Everything a client keeps: teacher, Wh, and the moments of each under ``moment/KIND/NAME``.
+
+    Moments are not copied: the optimiser has taken its last step.
+    """
     local = _values(tutor)
     for name, parameter in tutor.parameters().items():
         for moment, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                local[f"moment/{moment}/{name}"] = value.detach().cpu().clone()
+                local[f"moment/{moment}/{name}"] = value.detach().cpu()
     return local
 
 
