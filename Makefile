@@ -23,7 +23,7 @@ test-quick: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: .venv/.installed-test
-	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 -m "slow and not soak" $(ARGS)
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations 10 -m "slow and not soak" $(ARGS)
 
 test-soak: export OMP_NUM_THREADS = 1
 

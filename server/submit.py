@@ -92,16 +92,9 @@ def follow(control: Control, run: Submitted, *, look: Callable[[Path], None] = l
     Raises:
         RunFailed: the run did not complete; says why.
     """
-    was_alive = False
     while (state := control.run(run.id)).status != "finished":
         if (run.folder / FILE).exists():
             look(run.folder)
-            stored = StoredRun(run.folder)
-            was_alive = was_alive or stored.pid is not None
-            if was_alive and stored.status == "interrupted":
-                # Flower would notice only once heartbeats have been missing for a minute or more.
-                control.stop(run.id)
-                break
         time.sleep(POLL_SECONDS)
     if not (run.folder / FILE).exists():
         raise RunFailed(f"the run ended before it began: {state.details or _last_words(control, run)}")
