@@ -9,8 +9,11 @@ export TOKENIZERS_PARALLELISM ?= false
 
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt requirements-bundled.txt
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# With RETRY=1 a few tests that failed are run once more, alone: see tests/again.py.
+AGAIN = || { [ -n "$(RETRY)" ] && $(BIN)/python -m tests.again; }
 
-.PHONY: demo test test-quick test-slow test-soak lint format clean
+.PHONY: demo test test-quick test-slow test-soak coverage mutants docs lint format clean
 
 demo: .venv/.installed
 	$(BIN)/fedllm simulate quickstart $(ARGS)
@@ -20,15 +23,29 @@ test: test-quick test-slow
 test-quick test-slow: export OMP_NUM_THREADS = 1
 
 test-quick: .venv/.installed-test
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not soak" $(ARGS) $(AGAIN)
 
 test-slow: .venv/.installed-test
-	$(BIN)/pytest -q -n 2 --dist loadfile --durations 10 -m "slow and not soak" $(ARGS)
+	@$(BIN)/python -m tests.dashboard.chromium
+	$(PYTEST) --durations 10 -m "slow and not soak" $(ARGS) $(AGAIN)
 
 test-soak: export OMP_NUM_THREADS = 1
 
 test-soak: .venv/.installed-test
 	$(BIN)/pytest -q -m soak $(ARGS)
+
+coverage: export OMP_NUM_THREADS = 1
+
+coverage: .venv/.installed-test
+	$(PYTEST) -m "not slow and not soak" --cov --cov-report term:skip-covered $(ARGS)
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict $(ARGS)
+
+mutants: export OMP_NUM_THREADS = 1
+
+mutants: .venv/.installed-mutation
+	$(BIN)/python tests/mutation/score.py $(ARGS)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -41,7 +58,7 @@ format: .venv/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist mutants *.egg-info .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -53,4 +70,12 @@ clean:
 
 .venv/.installed-test: .venv/.installed
 	$(INSTALL) --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(INSTALL) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+.venv/.installed-mutation: .venv/.installed-test
+	$(INSTALL) --constraint constraints.txt --editable '.[mutation]'
 	@touch $@

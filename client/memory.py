@@ -7,19 +7,63 @@ comes back at round k finds nodes that can be at k, and what a reply held is nei
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from fedllm.durable import disk_errors, replace_file
 from fedllm.errors import StoreError
+from fedllm.runs.durable import disk_errors, replace_file
 from fedllm.tensors import Tensors
 
-__all__ = ["START", "GlobalMemory", "NodeMemory"]
+__all__ = ["START", "GlobalMemory", "Local", "NodeMemory"]
 
 START = (0, 0)
 """The state before any exchange: empty."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a node keeps of its own, by whose it is.
+
+    Attributes:
+        method: what the method keeps, such as a private teacher.
+        codec: what the uplink's codec carries from one update to the next.
+    """
+
+    method: Tensors = field(default_factory=dict)
+    codec: Tensors = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody keeps anything."""
+        return not self.method and not self.codec
+
+    def save(self) -> bytes:
+        """Serialise, each tensor under its owner's name."""
+        parts = {"method": self.method, "codec": self.codec}
+        return _serialize({f"{owner}/{name}": t for owner, part in parts.items() for name, t in part.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """Read what :meth:`save` wrote; ``None`` if it is not there.
+
+        Raises:
+            StoreError: the file cannot be read, or holds what this version keeps for nobody.
+        """
+        found = _read(path)
+        if found is None:
+            return None
+        local = cls()
+        parts = {"method": local.method, "codec": local.codec}
+        for key, tensor in found.items():
+            owner, _, name = key.partition("/")
+            if owner not in parts:
+                raise StoreError(f"{path} holds {key!r}, which this fedllm does not know: upgrade it here")
+            parts[owner][name] = tensor
+        return local
 
 
 class NodeMemory:
@@ -34,13 +78,17 @@ class NodeMemory:
         self.folder = folder
         self.keep_replies = keep_replies
 
-    def local(self, at: tuple[int, int]) -> Tensors | None:
+    def local(self, at: tuple[int, int]) -> Local | None:
         """Return the state after exchange ``at``: empty if it never had any, ``None`` if it was lost."""
-        if at == START:
-            return {}
-        if self._empty(at).exists():
-            return {}
-        return _read(self._local(at))
+        if at == START or self._empty(at).exists():
+            return Local()
+        found = Local.load(self._local(at))
+        # Whoever never kept anything has lost nothing, however far back the server goes.
+        return Local() if found is None and self._keeps_nothing() else found
+
+    def _keeps_nothing(self) -> bool:
+        kept = [path.suffix for path in self.folder.glob("local-*")]
+        return ".empty" in kept and ".safetensors" not in kept
 
     def reply(self, at: tuple[int, int], digest: int) -> bytes | None:
         """Return the stored reply of exchange ``at``, if it was answered from the same global tensors."""
@@ -50,16 +98,16 @@ class NodeMemory:
         stored = path.read_bytes()
         return stored[8:] if stored[:8] == digest.to_bytes(8, "little") else None
 
-    def remember(self, at: tuple[int, int], local: Tensors, *, reply: bytes, digest: int) -> None:
+    def remember(self, at: tuple[int, int], local: Local, *, reply: bytes, digest: int) -> None:
         """Write the state after ``at``, then the reply: a reply is only ever sent once its state is safe."""
-        if local:
-            _write(self._local(at), _serialize(local))
+        if not local.empty:
+            _write(self._local(at), local.save())
         elif self.keep_replies:
             _write(self._empty(at), b"")
         else:
             # A simulation has many clients that keep nothing: this is not worth waiting for the disk.
             with disk_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._empty(at).touch()
         if self.keep_replies:
             _write(self._reply(at), digest.to_bytes(8, "little") + reply)
@@ -90,6 +138,8 @@ class GlobalMemory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._newest: tuple[int, Tensors] | None = None
+        self._written: dict[int, int] = {}
+        """Digests of what this process has put on disk, by version."""
 
     def newest(self, digest: int) -> Tensors | None:
         """Return the tensors last put, if they are the ones with this digest; never change them in place."""
@@ -102,14 +152,17 @@ class GlobalMemory:
     def put(self, version: int, digest: int, tensors: Tensors, *, durable: bool) -> None:
         """Keep ``version`` in memory and, if the server may send increments to it, on disk."""
         self._newest = (digest, tensors)
-        if durable and not self._path(version).exists():
+        # A file that is there may be of a course that the run has left since.
+        if durable and self._written.get(version) != digest:
             _write(self._path(version), _serialize(tensors))
+            self._written[version] = digest
 
     def forget_below(self, version: int) -> None:
         """Drop the versions that no increment will start from any more."""
         for path in self.folder.glob("global-*.safetensors"):
-            if int(path.stem.partition("-")[2]) < version:
+            if (older := int(path.stem.partition("-")[2])) < version:
                 path.unlink(missing_ok=True)
+                self._written.pop(older, None)
 
     def _path(self, version: int) -> Path:
         return self.folder / f"global-{version}.safetensors"
@@ -129,5 +182,6 @@ def _serialize(tensors: Tensors) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, data)
+    """Write for this user alone: teachers and residuals tell of the texts they were trained on."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    replace_file(path, data, mode=0o600)

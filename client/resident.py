@@ -30,9 +30,9 @@ import psutil
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedllm.errors import FedllmError
-from fedllm.processes import die_with_parent
+from fedllm.host.processes import die_with_parent
 
-__all__ = ["Answer", "WorkerError", "ask", "healthy", "serve"]
+__all__ = ["Answer", "WorkerError", "ask", "limit_memory", "serve"]
 
 Answer = Callable[[bytes], bytes]
 """What the worker does with one request."""
@@ -47,6 +47,8 @@ ABANDONED = 75
 """Exit status of a worker that wants to be started anew (EX_TEMPFAIL)."""
 
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+# A worker that is only being started is found soon: the next look comes after half a second, not minutes.
+_SOON = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
 
 _log = logging.getLogger("fedllm.worker")
 
@@ -68,7 +70,7 @@ def ask(socket: str | Path, request: bytes, timeout: float = 3600.0) -> bytes:
     """
     deadline = time.monotonic() + timeout
     for attempt in range(1, ATTEMPTS + 1):
-        with grpc.insecure_channel(f"unix:{socket}", options=_OPTIONS) as channel:
+        with grpc.insecure_channel(f"unix:{socket}", options=_OPTIONS + _SOON) as channel:
             call = channel.unary_unary(METHOD)
             try:
                 return bytes(call(request, timeout=deadline - time.monotonic(), wait_for_ready=True))
@@ -83,17 +85,6 @@ def ask(socket: str | Path, request: bytes, timeout: float = 3600.0) -> bytes:
         # The socket of the dead worker refuses at once; its successor takes a moment to replace it.
         time.sleep(0.2)
     raise AssertionError("unreachable")
-
-
-def healthy(socket: str | Path, timeout: float = 1.0) -> bool:
-    """Whether the worker has loaded what it needs and takes requests (standard gRPC health protocol)."""
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
-        request = health_pb2.HealthCheckRequest(service=SERVICE)
-        try:
-            status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout).status
-        except grpc.RpcError:
-            return False
-    return bool(status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def serve(socket: Path, load: Callable[[], Answer], *, memory: int | None = None) -> grpc.Server:
@@ -146,7 +137,7 @@ class _Handler:
         try:
             context.add_callback(lambda: _leave_unless(finished))
             if self._memory is not None:
-                _limit(self._memory)
+                limit_memory(self._memory)
             return self._answer(request)
         except FedllmError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
@@ -166,7 +157,7 @@ class _Handler:
         raise AssertionError("unreachable")
 
 
-def _limit(memory: int) -> None:
+def limit_memory(memory: int) -> None:
     """Limit what this process may use from now on, whatever address space it holds without using it.
 
     The system's limit counts both: what libraries reserve, and what allocators keep after it was freed.

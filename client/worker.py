@@ -6,37 +6,38 @@ names, lets the method work, encodes the answer, and remembers the state before 
 
 from __future__ import annotations
 
-import math
+import logging
 import platform
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from client.memory import GlobalMemory, NodeMemory
-from client.place import Place
-from fedllm import wire
-from fedllm.codecs import parse
-from fedllm.codecs.base import CodecContext
-from fedllm.codecs.measure import relative_error
+from client.device.collection import Bounds, collect, mark
+from client.memory import GlobalMemory, Local, NodeMemory
+from client.node import NodeContext
+from fedllm.codecs.base import Dense
 from fedllm.config import RunConfig
 from fedllm.errors import FedllmError, WireError
+from fedllm.host.resources import peak_rss_bytes
+from fedllm.plugins import require_installed
+from fedllm.protocol import wire
+from fedllm.protocol.increments import receive
+from fedllm.protocol.uplink import Sent, Uplink, Upload
+from fedllm.protocol.wire import STALE, Instruction, Reply
 from fedllm.randomness import derive
-from fedllm.resources import peak_rss_bytes
-from fedllm.tensors import Tensors, digest, pack, spec_of
-from fedllm.wire import STALE, Instruction, Reply
+from fedllm.tensors import Tensors, digest
 from strategies.base import Answer, Work
-from strategies.downlink import receive
-from strategies.workshop import Workshop, open_workshop
+from strategies.session import Session, open_session
 
 __all__ = ["answer", "answer_bytes", "open_globals"]
 
-_METHOD, _CODEC = "method/", "codec/"
-"""Prefixes under which a node's durable state holds the method's and the codec's part."""
+_log = logging.getLogger("fedllm.worker")
 
 
 def answer_bytes(request: bytes) -> bytes:
@@ -45,10 +46,10 @@ def answer_bytes(request: bytes) -> bytes:
     place, config = content.pop("place", None), content.pop("config", None)
     if not isinstance(place, ConfigRecord) or not isinstance(config, ConfigRecord):
         raise WireError("the request names neither configuration nor place; was it sent by client.app?")
-    return wire.encode(answer(content, str(config["json"]), Place.from_record(place)))
+    return wire.encode(answer(content, str(config["json"]), NodeContext.from_record(place)))
 
 
-def answer(content: RecordDict, config: str, place: Place) -> RecordDict:
+def answer(content: RecordDict, config: str, place: NodeContext) -> RecordDict:
     """Answer one instruction.
 
     Args:
@@ -61,9 +62,13 @@ def answer(content: RecordDict, config: str, place: Place) -> RecordDict:
     """
     instruction = wire.unpack_instruction(content)
     try:
-        return _Task(instruction, open_workshop(config, place.data), place).answer()
+        if place.on_device:  # which runs no code that a server names
+            require_installed(RunConfig.from_json(config).plugins)
+        return _Task(instruction, open_session(config, place.data), place).answer()
     except FedllmError as error:
-        return wire.pack_reply(Reply(instruction.round, instruction.index, error=str(error) or repr(error)))
+        who = {"node": float(place.node)} if instruction.kind == "describe" else {}
+        reason = str(error) or repr(error)
+        return wire.pack_reply(Reply(instruction.round, instruction.index, metrics=who, error=reason))
 
 
 @lru_cache(maxsize=1)
@@ -75,12 +80,12 @@ def open_globals(folder: Path) -> GlobalMemory:
 @dataclass(frozen=True)
 class _Task:
     instruction: Instruction
-    workshop: Workshop
-    place: Place
+    session: Session
+    place: NodeContext
 
     @property
     def config(self) -> RunConfig:
-        return self.workshop.config
+        return self.session.config
 
     @property
     def at(self) -> tuple[int, int]:
@@ -92,44 +97,58 @@ class _Task:
         memory = NodeMemory(
             Path(self.place.folder) / self.instruction.run, keep_replies=self.place.keep_replies
         )
+        if self.place.keep_replies:
+            self._make_room()
         changes_state = self.instruction.kind != "evaluate"
         if changes_state:
             stored = memory.reply(self.at, self.instruction.digest)
             if stored is not None:
                 return wire.decode(stored)
-            if self.instruction.index == 0:
-                memory.forget_all_but(self.instruction.counted)
         started = time.perf_counter()
         tensors = self._global_tensors()
         if tensors is None:
             return wire.pack_reply(Reply(*self.at, error=STALE))
         local = memory.local(self.instruction.counted)
-        answered, residuals, payload = self._work(tensors, local or {})
+        if changes_state and self.instruction.index == 0:
+            memory.forget_all_but(self.instruction.counted)
+        answered, sent = self._work(tensors, local or Local())
         metrics = {
             **answered.metrics,
+            **sent.metrics,
             "seconds": time.perf_counter() - started,
             "forward": answered.passes.forward,
             "backward": answered.passes.backward,
             "peak_rss_bytes": float(peak_rss_bytes()),
         }
+        if answered.passes.once:
+            metrics[wire.ONCE] = answered.passes.once
         if local is None:
             metrics["state_lost"] = 1.0
-        reply = wire.pack_reply(Reply(*self.at, answered.examples, metrics, payload=payload))
+        reply = wire.pack_reply(Reply(*self.at, answered.examples, metrics, payload=sent.payload))
         if changes_state:
-            kept = {_METHOD + name: t for name, t in answered.local.items()}
-            kept |= {_CODEC + name: t for name, t in residuals.items()}
+            kept = Local(answered.local, sent.residuals)
             memory.remember(self.at, kept, reply=wire.encode(reply), digest=self.instruction.digest)
         return reply
 
+    def _make_room(self) -> None:
+        """On a device, let the state of earlier runs go where it is more than should be kept."""
+        state, run = Path(self.place.folder), self.instruction.run
+        for sentence in collect(state, Bounds(self.place.keep_runs, self.place.state_limit), run):
+            _say(sentence)
+        mark(state, run, ended=self.instruction.round >= self.config.rounds)
+
     def _describe(self) -> RecordDict:
-        train, test = self.workshop.client_tokens(self.place.node)
+        train, test = self.session.client_tokens(self.place.node)
+        machine = psutil.virtual_memory().total
         metrics = {
             "node": float(self.place.node),
             "held_out": float(len(test)),
-            "cores": float(psutil.cpu_count() or 1),
-            "memory_bytes": float(psutil.virtual_memory().total),
+            # What it works with, which may be less than the machine has.
+            "cores": float(torch.get_num_threads()),
+            "memory_bytes": float(min(self.place.memory or machine, machine)),
         }
         facts = {
+            "fedllm": version("fedllm"),
             "platform": platform.platform(),
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -138,26 +157,28 @@ class _Task:
 
     def _global_tensors(self) -> Tensors | None:
         """Bring this node to the version the server names; ``None`` if it lost what it would start from."""
-        instruction, method = self.instruction, self.workshop.method
+        instruction, method = self.instruction, self.session.method
         memory = open_globals(Path(self.place.shared) / instruction.run)
         tensors = memory.newest(instruction.digest)
         if tensors is None:
-            initial = method.view(self.workshop.initial, self.place.node)
+            initial = method.view(self.session.initial, self.place.node)
             held = initial if instruction.start == 0 else memory.get(instruction.start)
-            tensors = receive(instruction, held, initial, self.config, method)
+            tensors = receive(
+                instruction, held, initial, self.config, self.session.codecs.down, method.replay
+            )
             if tensors is None or digest(tensors) != instruction.digest:
                 return None
-        lossy = self.config.codec.down != "none" or method.replays
+        lossy = not isinstance(self.session.codecs.down, Dense) or method.replays
         memory.put(instruction.base, instruction.digest, tensors, durable=lossy and instruction.base > 0)
         memory.forget_below(instruction.oldest)
         return tensors
 
-    def _work(self, tensors: Tensors, local: Tensors) -> tuple[Answer, Tensors, bytes]:
-        """Let the method work; return its answer, the codec's next residuals and the encoded payload."""
+    def _work(self, tensors: Tensors, local: Local) -> tuple[Answer, Sent]:
+        """Let the method work; return its answer, and what of it is sent."""
         instruction, node = self.instruction, self.place.node
-        method, model = self.workshop.method, self.workshop.model
+        method, model = self.session.method, self.session.model
+        train, test = self.session.client_tokens(node)  # which may ask the model about them
         method.load(model, tensors)
-        train, test = self.workshop.client_tokens(node)
         work = Work(
             kind=instruction.kind,
             arguments=instruction.arguments,
@@ -167,40 +188,19 @@ class _Task:
             progress=instruction.progress,
             model=model,
             tensors=tensors,
-            local=_part(local, _METHOD),
+            local=local.method,
             train=train,
             test=test,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.config.seed, "torch", *self.at, node) % 2**63)
             answered = method.evaluate(work) if work.kind == "evaluate" else method.run(work)
-        before = _part(local, _CODEC)
-        if instruction.kind != "fit":
-            return answered, before, pack(answered.tensors)
-        answered = _clip(answered, self.config.privacy.clip)
-        context = CodecContext(self.config.seed, ("up", *self.at, node), instruction.progress)
-        codec = parse(self.config.codec.up)
-        payload, residuals = codec.encode(answered.tensors, before, context)
-        answered.metrics.update(context.notes)
-        if self.config.codec.up != "none":
-            decoded, _ = codec.decode(payload, spec_of(answered.tensors), before, context)
-            answered.metrics["error_up"] = relative_error(answered.tensors, decoded)
-        return answered, residuals, payload
+        upload = Upload(work.kind, *self.at, node, instruction.progress)
+        uplink = Uplink(self.config, self.session.codecs.up)
+        return answered, uplink.send(upload, answered.tensors, local.codec)
 
 
-def _part(local: Tensors, prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): t for name, t in local.items() if name.startswith(prefix)}
-
-
-def _norm(tensors: Tensors) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
-
-
-def _clip(answered: Answer, limit: float | None) -> Answer:
-    """Scale the update down to an L2 norm of at most ``limit``, and report the norm it had."""
-    norm = _norm(answered.tensors)
-    tensors = answered.tensors
-    if limit is not None and norm > limit:
-        tensors = {name: t * (limit / norm) for name, t in tensors.items()}
-    metrics = {**answered.metrics, "update_norm": norm}
-    return Answer(tensors, answered.examples, metrics, answered.local, answered.passes)
+@lru_cache(maxsize=64)
+def _say(sentence: str) -> None:
+    """Log once what may be true of every instruction; the device's log travels to the server."""
+    _log.info(sentence)

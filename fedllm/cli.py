@@ -1,6 +1,6 @@
-"""The command line: the composition root, and the one module of fedllm that knows the layers above it.
+"""The command line, put together from the entry points in the group ``fedllm.commands``.
 
-Every layer defines its own commands; none imports torch, transformers or Flower before it has to. Results go
+Every room defines its own commands; none imports torch, transformers or Flower before it has to. Results go
 to stdout, everything else to stderr. Exit codes: 0 done, 1 the run failed, 2 wrong usage or configuration,
 130 interrupted.
 """
@@ -9,21 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from importlib.metadata import entry_points, version
+from typing import Annotated
 
 import click
 import typer
 
-from client import commands as device
-from fedllm.errors import ConfigError, DataError, FedllmError, ModelError
-from fedllm.terminal import Override, Source, console
-from server import commands as operator
-from server.dashboard import commands as dashboard
-from simulations import commands as researcher
-
-if TYPE_CHECKING:
-    from fedllm.config import RunConfig
+from fedllm.errors import FedllmError, Interrupted, no_permission
+from fedllm.terminal.console import console, json_wanted, print_json
 
 __all__ = ["app", "main"]
 
@@ -31,73 +24,39 @@ app = typer.Typer(
     name="fedllm",
     help="Federated fine-tuning of language models: only small, compressed deltas cross the network.",
     no_args_is_help=True,
-    add_completion=False,
+    suggest_commands=False,  # click says it already
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (researcher, operator, dashboard, device):
-    app.add_typer(part.app)
+_FIRST = ("simulations", "results", "server", "dashboard", "client")
+"""Whose commands the help shows first; what plug-ins add comes after them."""
+
+
+def _add_commands() -> None:
+    parts = {entry.name: entry for entry in entry_points(group="fedllm.commands")}
+    if missing := [name for name in _FIRST if name not in parts]:
+        raise RuntimeError(f"fedllm is not installed whole, {missing[0]} is missing: pip install it again")
+    for name in (*_FIRST, *sorted(parts.keys() - set(_FIRST))):
+        app.add_typer(parts[name].load())
+
+
+_add_commands()
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
         print(f"fedllm {version('fedllm')}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[
+    shown: Annotated[
         bool,
         typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     """Options of the program itself."""
-
-
-@app.command(rich_help_panel="Server")
-def run(
-    source: Source = "quickstart",
-    federation: Annotated[
-        Path, typer.Option("--server", help="Folder of the federation that is being served on this host.")
-    ] = Path(),
-    overrides: Override = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Submit and return.")] = False,
-    resume: Annotated[str | None, typer.Option(help="Go on with a run.", metavar="RUN")] = None,
-    stop: Annotated[str | None, typer.Option(help="Stop a run after its round.", metavar="RUN")] = None,
-) -> None:
-    """Submit a run to a federation and follow it; Ctrl-C stops following, the run goes on."""
-    from fedllm.live import Watcher
-    from server import submit
-    from server.link import connect
-    from simulations.catalogue import document
-    from strategies.registry import resolve_run
-
-    with connect(federation) as control:
-        if stop is not None:
-            submit.stop(control, submit.find(federation, stop))
-            return
-        if resume is not None:
-            submitted = submit.resume(federation, control, resume)
-        else:
-            config = _with_classes(resolve_run(document(source), overrides or []))
-            submitted = submit.submit(federation, control, config)
-        console.print(f"run {submitted.id}: {submitted.folder}", highlight=False)
-        if not detach:
-            with Watcher(console) as watcher:
-                submit.follow(control, submitted, look=watcher.update)
-
-
-def _with_classes(config: RunConfig) -> RunConfig:
-    """Fix the classes and their order by the server's own texts: a device may lack some of them."""
-    from fedllm.data import load
-
-    if config.model.task != "classification" or config.data.classes:
-        return config
-    classes = load(config.data, config.model.task).label_names
-    return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
 
 
 def main() -> None:
@@ -109,14 +68,33 @@ def main() -> None:
 
 def _exit_code() -> int:
     try:
-        app(standalone_mode=False)
-    except (KeyboardInterrupt, click.Abort):
-        console.print("interrupted; what was finished is kept, and fedllm resume continues a run")
-        return 130
+        # Typer turns Ctrl-C into a code that it returns.
+        code = app(standalone_mode=False, prog_name="fedllm")
+        if code == Interrupted.exit_code:
+            raise Interrupted("interrupted")
+        return code or 0
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        return _failed(error, error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _said(Interrupted("interrupted"))
     except FedllmError as error:
-        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
-        return 2 if isinstance(error, ConfigError | DataError | ModelError) else 1
-    return 0
+        return _said(error)
+    except PermissionError as error:
+        return _said(no_permission(error))
+    except Exception as error:
+        _failed(error, str(error), 1)
+        raise  # a fault of fedllm's own keeps its traceback
+
+
+def _said(error: FedllmError) -> int:
+    sentence = str(error) if isinstance(error, Interrupted) else f"error: {error}"
+    console.print(sentence, style="red")
+    return _failed(error, str(error), error.exit_code)
+
+
+def _failed(error: Exception, message: str, code: int) -> int:
+    """Answer with an error where JSON was asked for; the exit code stays what it is."""
+    if json_wanted():
+        print_json({"error": {"kind": type(error).__name__, "message": message, "exit_code": code}})
+    return code

@@ -8,7 +8,8 @@
     │   └── CodecError           an encoded update is damaged, or an input cannot be encoded
     ├── RejectedReply            a decoded reply fails a gate (non-finite, wrong names, norm)
     ├── StoreError               the run folder cannot be read or written
-    └── RunFailed                the run cannot go on (quorum lost, update collapsed)      (exit code 1)
+    ├── RunFailed                the run cannot go on (quorum lost, update collapsed)      (exit code 1)
+    └── Interrupted              somebody pressed Ctrl-C                                   (exit code 130)
 
 Everything else that escapes is a bug in fedllm and keeps its traceback.
 """
@@ -20,28 +21,39 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FedllmError",
+    "Interrupted",
     "ModelError",
     "RejectedReply",
     "RunFailed",
     "StoreError",
     "WireError",
+    "no_permission",
 ]
 
 
 class FedllmError(Exception):
     """Base of all errors that say, in one sentence, what was wrong and what would be right."""
 
+    exit_code = 1
+    """What the command line ends with."""
+
 
 class ConfigError(FedllmError):
     """A configuration key, value or combination is wrong."""
+
+    exit_code = 2
 
 
 class DataError(FedllmError):
     """A data file, column, row or partition is wrong."""
 
+    exit_code = 2
+
 
 class ModelError(FedllmError):
     """A model, adapter or target module cannot be used."""
+
+    exit_code = 2
 
 
 class WireError(FedllmError):
@@ -62,3 +74,14 @@ class StoreError(FedllmError):
 
 class RunFailed(FedllmError):
     """The run cannot go on."""
+
+
+class Interrupted(FedllmError):
+    """Somebody pressed Ctrl-C; says what is kept and how to go on."""
+
+    exit_code = 130
+
+
+def no_permission(error: PermissionError) -> StoreError:
+    """Return what the system would not let us do as a sentence."""
+    return StoreError(f"no permission for {error.filename or 'this'}: {error.strerror or error}")

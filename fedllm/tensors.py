@@ -18,6 +18,7 @@ __all__ = [
     "dense_bytes",
     "digest",
     "fingerprint",
+    "norm_of",
     "pack",
     "spec_of",
     "unpack",
@@ -61,6 +62,15 @@ def spec_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
 def dense_bytes(spec: Spec) -> int:
     """Bytes of the tensors uncompressed, without names or headers."""
     return sum(item.nbytes for item in spec.values())
+
+
+def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
+    """L2 norm over all tensors together.
+
+    >>> norm_of({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    5.0
+    """
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

@@ -1,10 +1,12 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
 
+import difflib
 import time
+from collections.abc import Iterable
 
-__all__ = ["ago", "human_bytes", "human_seconds", "number", "times"]
+__all__ = ["ago", "human_bytes", "human_seconds", "number", "saved", "suggest", "times"]
 
 
 def human_bytes(count: float | None) -> str:
@@ -63,6 +65,22 @@ def times(ratio: float) -> str:
     return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
 
 
+def saved(count: int, dense: int, codec: str) -> str:
+    """Say how many times fewer bytes these are than their tensors in fp32, and by what; else nothing.
+
+    Args:
+        count: bytes that were sent.
+        dense: bytes of the same tensors without a codec.
+        codec: what encoded them; without one, it is the method that sends less than tensors.
+
+    >>> saved(100, 800, "quantize(bits=4)"), saved(100, 800, "none"), saved(100, 104, "none")
+    ('8x fewer by the codec', '8x fewer than dense', '')
+    """
+    if not count or dense < 1.05 * count:
+        return ""
+    return f"{times(dense / count)} fewer {'than dense' if codec == 'none' else 'by the codec'}"
+
+
 def ago(at: float | None, now: float | None = None) -> str:
     """Write how long ago a Unix time was.
 
@@ -76,3 +94,16 @@ def ago(at: float | None, now: float | None = None) -> str:
         return "just now"
     first, unit, *_ = human_seconds(round(passed)).split()
     return f"{float(first):.0f} {unit} ago"
+
+
+def suggest(given: str, valid: Iterable[str]) -> str:
+    """Return the end of a sentence about an unknown name: the nearest that is valid, or all.
+
+    >>> suggest("promt", ["prompt", "response"]), suggest("x", ["a", "b"]), suggest("x", [])
+    ('; did you mean prompt?', '; valid are a, b', '; there is none')
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; valid are {', '.join(names)}" if names else "; there is none"

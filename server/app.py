@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm.config import RunConfig
+from fedllm.host.processes import die_with_parent
+from server.federation import FEDERATION
 
 app = ServerApp()
-
-FEDERATION = "FEDLLM_FEDERATION"
-"""Environment variable by which the SuperLink's processes know their federation's folder."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run what ``run_config`` names: a configuration as JSON (``fedllm``) and a folder (``run-dir``)."""
-    from server.conduct import conduct
+    from server.rounds.conduct import conduct
 
     config = RunConfig.from_json(str(context.run_config["fedllm"]))
     folder = Path(str(context.run_config["run-dir"]))
@@ -27,7 +27,17 @@ def main(grid: Grid, context: Context) -> None:
     if federation is None:
         conduct(grid, config, folder)
         return
-    from server import deployed
+    # Flower's own watch takes a parent that died and that nobody waited for (a container's first process may
+    # be any program) for alive; the run would go on without a SuperLink for ever and keep its folder locked.
+    die_with_parent()
+    from server.federation import deployed
+    from server.federation.inbox import Inbox
+    from server.federation.uploads import LIMITS, Limits
 
     deployed.keep_log(Path(federation), folder.name)
-    conduct(grid, config, folder, traffic=lambda: deployed.traffic(Path(federation), folder.name))
+    limits = Limits(Path(federation) / "superlink" / LIMITS)
+    number = grid.run.run_id
+    Inbox.serve(grid, lambda: limits.of(number))
+    bound = partial(limits.set, number)
+    transport = deployed.transport(Path(federation), folder.name, bound)
+    conduct(grid, config, folder, transport=transport)

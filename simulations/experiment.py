@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedllm.config import RunConfig, parse_override
+from fedllm.config import RunConfig, as_name, parse_override
 from fedllm.errors import ConfigError
+from fedllm.runs.identity import difference
 from strategies.registry import resolve_run
 
-__all__ = ["Baseline", "Planned", "free_folder", "parse_seeds", "plan", "sweep"]
+__all__ = [
+    "Baseline",
+    "Planned",
+    "as_baseline",
+    "free_folder",
+    "parse_seeds",
+    "plan",
+    "require_no_seed",
+    "sweep",
+]
 
 Baseline = Literal["local", "central"]
+
+_LABEL = 60
+"""Characters of a run's name that tell a sweep's values."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +47,49 @@ def plan(
     out: Path | None = None,
     seeds: Sequence[int] = (),
     baseline: Baseline | None = None,
+    choose: Callable[[RunConfig], RunConfig] = lambda config: config,
 ) -> list[Planned]:
     """Lay out the runs that a command asks for.
 
     Args:
         document: the settings to start from.
         overrides: ``a.b=value``; several values, ``a.b=1,2,3``, make a run each.
-        out: folder of the one run, or of all of them; unset takes ``runs/NAME``.
+        out: folder of the one run, or of all of them, each called after the values that make it; unset
+            takes ``runs/NAME``.
         seeds: a run each; empty takes the configuration's own.
         baseline: instead of the federation, all data in one place or every client for itself.
+        choose: gives a federation what nobody set; its baseline follows it.
 
     Raises:
-        ConfigError: an override or a combination is wrong.
+        ConfigError: an override or a combination is wrong, or a run is asked for twice.
     """
+    combinations = sweep(overrides)
+    if seeds:
+        require_no_seed(overrides)
     runs: list[tuple[str, RunConfig]] = []
-    for values in sweep(overrides):
+    for values, label in zip(combinations, _labels(combinations, overrides), strict=True):
         for seed in seeds or (None,):
-            chosen = [*values, *([] if seed is None else [f"seed={seed}"])]
-            config = resolve_run(document, chosen)
-            label = "-".join([*_varying(values, overrides), *([] if seed is None else [f"seed{seed}"])])
-            runs += [("-".join(filter(None, (label, own))), c) for own, c in _baseline(config, baseline)]
-    name = runs[0][1].name + (f"-{baseline}" if baseline else "")
+            repeat = [] if seed is None else [f"seed={seed}"]
+            config = choose(resolve_run(document, [*values, *repeat]))
+            if label:
+                config = config.model_copy(update={"name": f"{config.name}-{label}"[:100]})
+            parts = [label, *(text.replace("=", "") for text in repeat)]
+            runs += [
+                ("-".join(filter(None, [*parts, own])), one) for own, one in as_baseline(config, baseline)
+            ]
+    _require_different(runs)
+    name = resolve_run(document, combinations[0]).name + (f"-{baseline}" if baseline else "")
     root = out if out is not None else free_folder(Path("runs") / name)
     if len(runs) == 1:
         return [Planned(runs[0][1], root)]
     return [Planned(config, root / label) for label, config in runs]
+
+
+def _require_different(runs: Sequence[tuple[str, RunConfig]]) -> None:
+    """Refuse to make one run twice: it would say nothing, and count as a repeat."""
+    for (one, config), (other, same) in itertools.combinations(runs, 2):
+        if difference(config, same, ignoring=("name",)) is None:
+            raise ConfigError(f"{one} and {other} are the same run: give every value and every seed once")
 
 
 def free_folder(folder: Path) -> Path:
@@ -77,14 +110,30 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         first, separator, last = part.partition("..")
         try:
-            seeds += range(int(first), int(last) + 1) if separator else [int(first)]
+            found = range(int(first), int(last) + 1) if separator else [int(first)]
         except ValueError:
             raise ConfigError(f"--seeds takes numbers and ranges such as 0..4 or 1,3; got {text!r}") from None
+        if not found:
+            raise ConfigError(f"--seeds {part} runs backwards; write {last}..{first}")
+        seeds += found
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ConfigError(f"--seeds {text} asks for seed {twice[0]} twice: give every seed once")
     return seeds
+
+
+def require_no_seed(overrides: Iterable[str]) -> None:
+    """Refuse a seed among the overrides of a command that is given seeds of its own."""
+    if any(parse_override(override)[0] == ["seed"] for override in overrides):
+        raise ConfigError("--seeds and --set seed=... both say the seed: give one of them")
 
 
 def sweep(overrides: Iterable[str]) -> list[list[str]]:
     """Return every combination of the values that overrides list.
+
+    The name of a file that is there is one value, commas or not; so is what stands in quotes.
+
+    Raises:
+        ConfigError: a listed value is empty.
 
     >>> sweep(["training.local_steps=1,2", "seed=3"])
     [['training.local_steps=1', 'seed=3'], ['training.local_steps=2', 'seed=3']]
@@ -95,8 +144,11 @@ def sweep(overrides: Iterable[str]) -> list[list[str]]:
     for override in overrides:
         key, _, value = override.partition("=")
         _, parsed = parse_override(override)
-        values = _split(value) if isinstance(parsed, str) and '"' not in value else [value]
-        choices.append([f"{key}={one.strip()}" for one in values])
+        listed = isinstance(parsed, str) and '"' not in value and not os.path.exists(parsed)
+        values = [one.strip() for one in _split(value)] if listed else [value]
+        if len(values) > 1 and not all(values):
+            raise ConfigError(f"--set {override}: a value is empty; put a text with commas in quotes")
+        choices.append([f"{key}={one}" if listed else override for one in values])
     return [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -112,24 +164,32 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _varying(values: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Name the values that differ between the runs of a sweep, fit for a folder."""
-    chosen = [value for value, override in zip(values, overrides, strict=True) if value != override]
+def _labels(combinations: Sequence[Sequence[str]], overrides: Sequence[str]) -> list[str]:
+    """Name each combination by the keys and values that a sweep varies: fit for a folder, and unique."""
+    told = [
+        "-".join(value for value, given in zip(combination, overrides, strict=True) if value != given)
+        for combination in combinations
+    ]
+    names = [as_name(text) if text else "" for text in told]
     return [
-        "".join(c if c.isalnum() or c in "._" else "_" for c in value.rpartition(".")[2]) for value in chosen
+        # Too long, or alike once what a folder's name may not hold is gone.
+        f"{name[:_LABEL]}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+        if len(name) > _LABEL or names.count(name) > 1
+        else name
+        for name, text in zip(names, told, strict=True)
     ]
 
 
-def _baseline(config: RunConfig, baseline: Baseline | None) -> list[tuple[str, RunConfig]]:
+def as_baseline(config: RunConfig, kind: Baseline | None) -> list[tuple[str, RunConfig]]:
     """Turn a federation into its baseline: as many steps, the same split, no messages that matter."""
-    if baseline is None:
+    if kind is None:
         return [("", config)]
     document = config.to_document()
     document.update(clients=1, codec={}, server={})
-    if baseline == "central":
+    if kind == "central":
         training = document["training"]
-        document["data"]["partition"] = "iid"
-        document["training"] = {**training, "local_steps": config.training.local_steps * config.cohort}
+        document["data"]["part"] = [0, 1]  # the partition stays: what is held out depends on it
+        document["training"] = {**training, "local_steps": config.training.local_steps * config.answers}
         return [("central", resolve_run(document))]
     runs = []
     for client in range(config.clients):

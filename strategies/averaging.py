@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedllm.accumulator import WeightedSum
+from fedllm.config import RunConfig
+from fedllm.models.training import stride
+from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, spec_of
-from strategies.base import Commit, Exchange, Method, Reply, State
+from strategies.base import Commit, Exchange, Method, Reply, State, Step
 
 __all__ = ["Averaging"]
 
 
 @dataclass
-class Round:
+class MeanAccumulator:
     """What one round has folded so far."""
 
     number: int
@@ -27,26 +29,32 @@ class Round:
 class Averaging(Method):
     """One exchange a round; every reply is an update of all global tensors."""
 
+    config: RunConfig
+
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
         """Expect an update of every global tensor."""
         return spec_of(tensors)
 
-    def begin(self, state: State, round: int) -> Round:
-        """Start a sum of updates."""
-        return Round(round, WeightedSum(spec_of(state.tensors)))
+    def stride(self, tensors: Tensors) -> float | None:
+        """Server: as long as local training makes an update."""
+        return stride(self.config.training, tensors)
 
-    def plan(self, state: State, acc: Round) -> Exchange | Commit:
+    def begin(self, state: State, round: int) -> MeanAccumulator:
+        """Start a sum of updates."""
+        return MeanAccumulator(round, WeightedSum(spec_of(state.tensors)))
+
+    def plan(self, state: State, acc: MeanAccumulator) -> Exchange | Commit:
         """Ask for local training once; there is no setup."""
         return Commit() if acc.number == 0 or acc.updates.count else Exchange("fit")
 
-    def fold(self, acc: Round, kind: str, reply: Reply) -> Round:
+    def fold(self, acc: MeanAccumulator, kind: str, reply: Reply) -> MeanAccumulator:
         """Server: add one update, weighted by its number of texts."""
         acc.updates.add(reply.tensors, reply.examples)
         return acc
 
-    def step(self, state: State, acc: Round) -> tuple[Tensors, Tensors]:
+    def step(self, state: State, acc: MeanAccumulator) -> Step:
         """Server: take the mean update."""
         if not acc.updates.count:
-            return state.tensors, state.memory
+            return Step(state.tensors, state.memory)
         update = acc.updates.mean()
-        return {name: old + update[name] for name, old in state.tensors.items()}, state.memory
+        return Step({name: old + update[name] for name, old in state.tensors.items()}, state.memory)

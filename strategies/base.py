@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedllm.config import RunConfig, Section
-from fedllm.data import Tokens
+from fedllm.config import MethodOptions, RunConfig
+from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import DataError, WireError
-from fedllm.models import Model, evaluate, save
-from fedllm.tensors import Spec, Tensors
-from fedllm.wire import Scalar
+from fedllm.models.model import Model, evaluate
+from fedllm.models.saving import save
+from fedllm.protocol.wire import Scalar
+from fedllm.tensors import Spec, Tensors, spec_of
+from strategies.tryout import require_gradients, undone
 
-__all__ = ["Answer", "Commit", "Exchange", "Method", "Passes", "Replay", "Reply", "State", "Work"]
+__all__ = ["Answer", "Commit", "Exchange", "Method", "Passes", "Replay", "Reply", "State", "Step", "Work"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class State:
     """The server's side of a run between two rounds; all of it is checkpointed.
 
     Attributes:
-        version: commits so far; 0 is the initial state that every node derives for itself.
+        version: 0 is the initial state that every node derives for itself; each commit adds one.
         tensors: global trainable tensors, as clients hold them at this version.
         memory: what only the server needs: optimiser moments, a previous gradient, residuals.
     """
@@ -52,10 +54,16 @@ class Commit:
 
 @dataclass(frozen=True)
 class Passes:
-    """Batches that went through the whole model, forward and backward."""
+    """Batches that went through the whole model, forward and backward.
+
+    Attributes:
+        once: forward passes, all among ``forward``, of which a device keeps the outcome from its first answer
+            that counts; told where devices are simulated, as a host's process keeps what it has room for.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    once: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as the server has it: decoded, and past every gate."""
+    """An answer as the server has it: decoded, and past every gate.
+
+    Attributes:
+        examples: texts that it counts for: its weight in a mean.
+        claimed: texts that the client says stand behind it; above ``examples`` where a bound applies.
+        norm: L2 norm of the update as it arrived.
+    """
 
     node: int
     tensors: Tensors
     examples: int
     metrics: Mapping[str, float]
+    claimed: int = 0
+    norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,16 +130,38 @@ class Replay:
     record: bytes
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a method makes of a round.
+
+    Attributes:
+        proposal: the next global tensors, before the server optimiser; or a replay that leads to them.
+        memory: what the server is to remember for the next round.
+        report: numbers for people, by name; they stand in the round's record.
+    """
+
+    proposal: Tensors | Replay
+    memory: Tensors
+    report: Mapping[str, float] = field(default_factory=dict)
+
+
 class Method(ABC):
-    """One way of federated tuning. Its module names it ``METHOD`` and holds its ``Options``.
+    """One way of federated tuning; its :attr:`Options` say where it is found.
 
     ``acc`` is the method's own accumulator; folding the same replies in any order gives the same bits.
     The methods with a body fit a method whose global tensors are the model's own.
     """
 
-    Options: ClassVar[type[Section]]
-    replays: ClassVar[bool] = False
-    """Whether :meth:`step` may return a :class:`Replay`."""
+    config: RunConfig
+    """The run as the method reads it: what it decides for itself is filled in."""
+    Options: ClassVar[type[MethodOptions]]
+    replays: bool = False
+    """Whether :meth:`step` may propose a :class:`Replay`."""
+    asynchronous: bool = False
+    """Whether an update means the same to global tensors that have moved on since its client began: see
+    ``server.mode``. No, where a round's answers belong together or to the tensors that they began from."""
+    lacking: str = ""
+    """What the global tensors lack to be a model that answers texts, as a clause; empty where it is one."""
 
     @abstractmethod
     def __init__(self, config: RunConfig) -> None: ...
@@ -135,6 +173,14 @@ class Method(ABC):
     @abstractmethod
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
         """What the tensors of an answer must look like, given the node's view of the global ones."""
+
+    def updates(self, tensors: Tensors) -> Spec:
+        """Every tensor that an update holds in some round, given the global ones."""
+        return self.spec(Exchange("fit"), tensors)
+
+    def stands_for(self, tensors: Tensors) -> Spec:
+        """The tensors that an answer moves, however it is sent: as long as these it would be uncompressed."""
+        return spec_of(tensors)
 
     @abstractmethod
     def begin(self, state: State, round: int) -> Any:
@@ -150,18 +196,38 @@ class Method(ABC):
 
     @abstractmethod
     def fold(self, acc: Any, kind: str, reply: Reply) -> Any:
-        """Server: take in one accepted reply."""
+        """Server: take in one reply past the gates; raises before it changes ``acc``, or not at all."""
 
     @abstractmethod
-    def step(self, state: State, acc: Any) -> tuple[Tensors | Replay, Tensors]:
-        """Server, on commit: the proposed global tensors (or a replay) and the next ``memory``."""
+    def step(self, state: State, acc: Any) -> Step:
+        """Server, on commit: turn what was folded into the next global tensors."""
+
+    def stride(self, tensors: Tensors) -> float | None:
+        """Server: about how long a client's update is; unset where a long one does no harm by itself.
+
+        Bounds updates before a round has shown how long they usually are; see :mod:`server.rounds.gates`.
+        """
+        return None
+
+    def try_out(self, model: Model, batch: Batch) -> list[str]:
+        """Server, before the first round: see that all that is trained reaches the loss; undo every step.
+
+        Returns:
+            What could not be shown, in a sentence each.
+
+        Raises:
+            ModelError: it does not.
+        """
+        with undone(model):
+            return require_gradients(model.trainable(), lambda: model.loss(batch))
 
     def evaluate(self, work: Work) -> Answer:
-        """Client: score the global tensors on its own held-out texts."""
+        """Client: score the global tensors on its own held-out texts; see :meth:`Task.told`."""
         if not len(work.test):
             raise DataError("there are no held-out texts here: set data.client_test_fraction above 0")
         batch_size = work.model.config.evaluation.batch_size
-        return Answer({}, len(work.test), evaluate(work.model, work.test, batch_size))
+        scores = evaluate(work.model, work.test, batch_size)
+        return Answer({}, len(work.test), work.model.task.told(scores))
 
     def score(self, model: Model, test: Tokens) -> dict[str, float]:
         """Server: score a model on its test set; called after each of many rounds with the same texts."""
@@ -179,15 +245,16 @@ class Method(ABC):
         """Put global tensors, or a node's view of them, into a model."""
         model.write(tensors)
 
-    def save(self, model: Model, tensors: Tensors, folder: Path) -> None:
-        """Write the result so that it is true on the plain base model: ``adapter/`` or ``model/``."""
+    def save(self, model: Model, tensors: Tensors, folder: Path) -> Path:
+        """Write the result so that it is true on the plain base model; return ``adapter/`` or ``model/``."""
         self.load(model, tensors)
-        save(model, folder)
+        return save(model, folder)
 
     def reference_parameters(self, model: Model) -> int:
         """Parameters that FedAvg of the whole model would move: base and head, without adapters."""
-        adapters = ".default"  # peft names everything it adds after its adapter, "default"
-        return sum(p.numel() for name, p in model.module.named_parameters() if adapters not in name)
+        adapters = (".default", ".small_adapter.")  # peft's, which all have this name, and those of our own
+        parameters = model.module.named_parameters()
+        return sum(p.numel() for name, p in parameters if not any(mark in name for mark in adapters))
 
     def replay(self, tensors: Tensors, record: bytes) -> Tensors:
         """Both sides: take a :class:`Replay` step."""

@@ -1,64 +1,162 @@
-"""Finds the methods: every module of this package that names a ``METHOD``.
+"""Finds the methods: the folders of this package that hold ``options.py``, and those that plug-ins add.
 
-Names are known without importing anything, so that the command line stays quick; a method's module, and
-torch with it, is imported only once the method is chosen.
+Options are known without importing torch, so that the command line, the form and the schema stay quick; a
+method's implementation is imported only once the method is chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from fedllm.config import RunConfig, resolve
+from fedllm import plugins, tasks
+from fedllm.config import MethodOptions, Override, RunConfig, read_override, resolve
 from fedllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedllm.codecs import Codecs
     from strategies.base import Method
 
-__all__ = ["load_method", "method_names", "method_options", "resolve_run"]
+__all__ = [
+    "load_method",
+    "method_names",
+    "method_options",
+    "methods",
+    "open_codecs",
+    "open_method",
+    "resolve_keys",
+    "resolve_run",
+]
+
+
+@cache
+def _own() -> dict[str, type[MethodOptions]]:
+    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/options.py"))
+    return {name: import_module(f"strategies.{name}.options").Options for name in folders}
+
+
+def methods() -> dict[str, type[MethodOptions]]:
+    """Return the options of every method, by the method's name.
+
+    Raises:
+        ConfigError: a plug-in takes a name that is taken.
+    """
+    return {**_own(), **plugins.new("method", _own(), plugins.methods())}
 
 
 def method_names() -> list[str]:
-    """Return the names of all methods, which are their modules' names.
+    """Return the names of all methods.
 
     >>> "lora" in method_names()
     True
     """
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return [path.stem for path in sources if "\nMETHOD = " in path.read_text(encoding="utf-8")]
+    return sorted(methods())
+
+
+def method_options(name: str) -> type[MethodOptions]:
+    """Return the options model of a method, for :func:`fedllm.config.resolve`.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    known = methods()
+    if name not in known:
+        raise ConfigError(
+            f"method = {name!r} is unknown; valid are {', '.join(sorted(known))}, and what plug-ins add"
+        )
+    return known[name]
 
 
 def load_method(name: str) -> type[Method]:
     """Import a method by name."""
-    if name not in method_names():
-        raise ConfigError(f"method = {name!r} is unknown; valid are {', '.join(method_names())}")
-    method: type[Method] = import_module(f"strategies.{name}").METHOD
+    module, _, attribute = method_options(name).implementation.partition(":")
+    method: type[Method] = getattr(import_module(module), attribute)
     return method
 
 
-def method_options(name: str) -> type[BaseModel]:
-    """Return the options model of a method, for :func:`fedllm.config.resolve`."""
-    return load_method(name).Options
+def open_method(config: RunConfig) -> Method:
+    """Return a run's method, its plug-ins loaded.
+
+    Raises:
+        ConfigError: the method, a plug-in or a combination of options cannot be used.
+    """
+    plugins.load(config.plugins)
+    method = load_method(config.method)(config)
+    if config.buffered and not method.asynchronous:
+        rule = config.options.get("rule")
+        which = f'method = "{config.method}"' + (
+            "" if rule is None else f' with {config.method}.rule = "{rule}"'
+        )
+        raise ConfigError(
+            'server.mode = "async" adds up updates that began from different versions of the global tensors, '
+            f'which {which} cannot: take method "fedavg", or "lora" with rule fedit or ffa, or '
+            'server.mode = "sync"'
+        )
+    return method
 
 
-def resolve_run(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+def open_codecs(config: RunConfig) -> Codecs:
+    """Return a run's codecs, its plug-ins loaded.
+
+    Raises:
+        ConfigError: a plug-in or the text of a codec cannot be used.
+    """
+    from fedllm.codecs import Codecs
+
+    plugins.load(config.plugins)
+    return Codecs.of(config.codec)
+
+
+def resolve_keys(document: Mapping[str, Any], overrides: Iterable[Override] = ()) -> RunConfig:
+    """Resolve a configuration, every key checked by itself; needs no torch.
+
+    Raises:
+        ConfigError: names what was given and what is allowed.
+    """
+    overrides = list(overrides)
+    named = _plugins(document, overrides)
+    plugins.load(named)
+    config = resolve(document, overrides, methods=method_names(), options=method_options)
+    task = tasks.of(config)
+    if config.evaluation.every and config.evaluation.metric is None and config.metric not in task.metrics:
+        evaluation = config.evaluation.model_copy(update={"metric": task.metrics[0]})
+        config = config.model_copy(update={"evaluation": evaluation})
+    source = None if config.init_from is None else str(Path(config.init_from).resolve())
+    return config.model_copy(update={"plugins": tuple(named), "init_from": source})
+
+
+def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ()) -> RunConfig:
     """Resolve a configuration and let its method and codecs object to combinations only they can judge.
 
     Raises:
         ConfigError: names what was given and what is allowed.
     """
-    from fedllm.codecs import parse
-
-    config = resolve(document, overrides, methods=method_names(), options=method_options)
-    load_method(config.method)(config)
-    parse(config.codec.up)
-    if "ef21" in str(parse(config.codec.down)):
+    config = resolve_keys(document, overrides)
+    open_method(config)
+    codecs = open_codecs(config)
+    if codecs.up.stateful and config.privacy.clip is not None:
+        raise ConfigError(
+            f"codec.up = {config.codec.up!r} adds what earlier messages lost to an update, which the server "
+            f"would cut off at privacy.clip = {config.privacy.clip:g}; leave one of them out"
+        )
+    if "ef21" in str(codecs.down):
         raise ConfigError(
             f'codec.down = "{config.codec.down}": ef21 needs an estimate that a client which was not asked '
             "for a while does not have; use error_feedback"
         )
     return config
+
+
+def _plugins(document: Mapping[str, Any], overrides: Iterable[Override]) -> list[str]:
+    """Return the plug-ins that a configuration names: they decide which of its other keys there are."""
+    names = document.get("plugins", ())
+    for _, path, value in map(read_override, overrides):
+        if list(path) == ["plugins"]:
+            names = value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'plugins = {names!r} is no list of modules, such as ["my_method.py"]')
+    # Whoever goes on with the run may do so from another folder.
+    return [str(Path(name).resolve()) if name.endswith(".py") else name for name in names]

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import sqlite3
+from collections.abc import Generator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-# Read when transformers is first imported: no test looks for anything on a network.
-os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
+if TYPE_CHECKING:
+    from fedllm.models.model import Model
+    from tests.architectures import Architecture
 
-from fedllm.config import RunConfig, TuningConfig
-from fedllm.models import Model, load
+# This file is read by every process of a test run: what needs torch is imported where it is used.
+# Both are read when torch and transformers are first imported: one thread, and nothing from a network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# pytest-xdist tells its workers the width of a terminal that they do not write to.
+os.environ.pop("COLUMNS", None)
 
 CLASSES = {
     "fruit": ["apple", "pear", "plum", "melon", "cherry", "grape"],
@@ -27,9 +36,35 @@ COMMON = ["the", "a", "we", "saw", "one", "old", "new", "today", "and", "again",
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage while the libraries are imported, nor ever again among what they made.
+
+    They make a million objects that stay. To go through them takes most of a second each time, a quarter
+    of what collecting the tests takes.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+class _Hasty(sqlite3.Connection):
+    """Leaves it to the system when what was committed reaches the disk."""
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        if sql.startswith(("BEGIN", "PRAGMA journal_mode")):
+            super().execute("PRAGMA synchronous = OFF")
+        return super().execute(sql, *parameters)
+
+
+@pytest.fixture(autouse=True)
+def _disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk, but in ``tests/store``: only a loss of power would tell the difference."""
+    monkeypatch.setattr(os, "fsync", os.fstat)
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=_Hasty))
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +91,11 @@ def tiny_texts(rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two layers x 32 with a word tokenizer: ``model.name``."""
+    import torch
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = _save_tokenizer(folder)
+    vocabulary = save_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         BertModel(
@@ -79,10 +115,11 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers x 32 with the same word tokenizer: ``model.name`` of a causal task."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("causal")
-    vocabulary = _save_tokenizer(folder)
+    vocabulary = save_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         LlamaForCausalLM(
@@ -103,7 +140,24 @@ def tiny_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _save_tokenizer(folder: Path) -> int:
+@pytest.fixture(scope="session")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    """Tiny checkpoints by the name of their transformers class, each built when it is first asked for."""
+    from tests.architectures import build
+
+    root = tmp_path_factory.mktemp("architectures")
+
+    def folder_of(name: str) -> Path:
+        folder = root / name
+        if not folder.exists():
+            folder.mkdir()
+            build(folder, name)
+        return folder
+
+    return folder_of
+
+
+def save_tokenizer(folder: Path) -> int:
     """Save a word tokenizer that knows every word of the texts; return the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -131,5 +185,8 @@ def _save_tokenizer(folder: Path) -> int:
 @pytest.fixture(scope="session")
 def minilm() -> Model:
     """The bundled MiniLM with the quickstart adapter and five classes; leave its tensors as they are."""
+    from fedllm.config import RunConfig, TuningConfig
+    from fedllm.models.model import load
+
     config = RunConfig(tuning=TuningConfig(targets=("query", "value")))
     return load(config, ("business", "entertainment", "politics", "sports", "tech"))

@@ -13,7 +13,18 @@ from __future__ import annotations
 from fedllm.codecs.base import Codec, CodecContext, FramedCodec
 from fedllm.codecs.catalogue import catalogue
 from fedllm.codecs.compose import chain
-from fedllm.codecs.measure import Measurement, measure
-from fedllm.codecs.parse import parse
+from fedllm.codecs.measure import Measurement, growth, measure
+from fedllm.codecs.parse import Codecs, parse
 
-__all__ = ["Codec", "CodecContext", "FramedCodec", "Measurement", "catalogue", "chain", "measure", "parse"]
+__all__ = [
+    "Codec",
+    "CodecContext",
+    "Codecs",
+    "FramedCodec",
+    "Measurement",
+    "catalogue",
+    "chain",
+    "growth",
+    "measure",
+    "parse",
+]

@@ -162,6 +162,14 @@ class FramedCodec(ABC):
         """Return the variant with the smallest error, which error feedback uses; by default itself."""
         return self
 
+    def misfit(self, spec: Spec) -> str:
+        """Say what of this codec cannot be meant for messages of these tensors, or of some.
+
+        Returns:
+            A sentence; empty if nothing is wrong.
+        """
+        return ""
+
     def encode(self, tensors: Tensors, state: Tensors, context: CodecContext) -> tuple[bytes, Tensors]:
         """See :meth:`Codec.encode`. NaN, infinite or non-float values raise ``CodecError``."""
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}

@@ -14,15 +14,17 @@ receiver knows each size before it allocates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fedllm.codecs.base import Buffer, CodecContext, FramedCodec, Reader
-from fedllm.codecs.bits import Codes
+from fedllm.codecs.stages.bits import Codes
 from fedllm.errors import CodecError
 from fedllm.randomness import stream
 from fedllm.tensors import Spec, Tensors, dense_bytes, pack, spec_of, unpack
@@ -67,6 +69,11 @@ class Piece(Protocol):
 class Layout(Piece, Protocol):
     """Tensors to rows."""
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether tensors are products of rows, so that errors of rows multiply."""
+        ...
+
     def encode(self, tensors: Tensors, context: CodecContext) -> tuple[Rows, bytes]:
         """Return rows, which may be views of the tensors, and side information."""
         ...
@@ -81,7 +88,9 @@ class Layout(Piece, Protocol):
 
 
 class Transform(Piece, Protocol):
-    """Rows to rows."""
+    """Rows to rows; what it draws at random goes by its name."""
+
+    name: ClassVar[str]
 
     def encode(self, rows: Rows, context: CodecContext) -> tuple[Rows, bytes]:
         """Return new rows and side information."""
@@ -124,7 +133,8 @@ class Quantizer(Piece, Protocol):
 class Chain(FramedCodec):
     """One chain. Build it with :func:`fedllm.codecs.compose.chain` or :func:`fedllm.codecs.parse`.
 
-    A body that would be larger than the uncompressed tensors is replaced by those, in their own dtype.
+    A body that would be larger than the uncompressed tensors is replaced by those, in their own dtype; so are
+    factors so coarse that their product is farther from the tensors than zero is.
     """
 
     layout: Layout
@@ -172,15 +182,50 @@ class Chain(FramedCodec):
         size = dense_bytes(spec_of(tensors))
         if not size:
             return [b"\0"], state
+        parts = self._body(tensors, context)
+        return ([b"\0", pack(tensors)] if self._futile(tensors, parts, context) else parts), state
+
+    def _body(self, tensors: Tensors, context: CodecContext) -> list[Buffer]:
         rows, side = self.layout.encode(tensors, context)
         sides = [side]
-        for transform in self.transforms:
-            rows, side = transform.encode(rows, context)
+        for transform, own in self._steps(context):
+            rows, side = transform.encode(rows, own)
             sides.append(side)
-        parts = [*sides, *self.quantizer.encode(rows, self.coder, context)]
-        if sum(memoryview(part).nbytes for part in parts) > size:
-            return [b"\0", pack(tensors)], state
-        return [b"\1", *parts], state
+        return [b"\1", *sides, *self.quantizer.encode(rows, self.coder, context)]
+
+    def _futile(self, tensors: Tensors, parts: Sequence[Buffer], context: CodecContext) -> str:
+        """Say why a body is not worth sending in place of the values; empty where it is."""
+        if sum(memoryview(part).nbytes for part in parts) > dense_bytes(spec_of(tensors)) + 1:
+            return "it makes them no smaller"
+        if not self.layout.multiplies:
+            return ""
+        decoded, _ = self.read(Reader(b"".join(parts)), spec_of(tensors), {}, context)
+        gap = sum(float((t.double() - decoded[n].double()).square().sum()) for n, t in tensors.items())
+        if gap <= sum(float(t.double().square().sum()) for t in tensors.values()):
+            return ""
+        return "errors of two factors multiply, and leave of them what is farther off than nothing is"
+
+    def misfit(self, spec: Spec) -> str:
+        """Say where such messages would go uncompressed, or its layout would leave each tensor as it is.
+
+        Tried on one tensor of every shape, matrices of rank one, at both ends of the run's schedules: what
+        does nothing there has nothing to do.
+        """
+        trial = _simple(spec)
+        if not trial:
+            return ""
+        with np.errstate(all="ignore"):
+            return self._idle(trial, progress=0.0) and self._idle(trial, progress=1.0)
+
+    def _idle(self, tensors: Tensors, progress: float) -> str:
+        context = CodecContext(path=("rehearsal",), progress=progress)
+        rows, _ = self.layout.encode(tensors, context)
+        unfactored = sum(row.size for row in rows) == sum(tensor.numel() for tensor in tensors.values())
+        if self.layout.multiplies and unfactored:
+            name, largest = max(tensors.items(), key=lambda item: item[1].numel())
+            return f"{spell(self.layout)} leaves each tensor as it is, even {name} {list(largest.shape)}"
+        why = self._futile(tensors, self._body(tensors, context), context)
+        return f"updates would go uncompressed, since {why}" if why else ""
 
     def read(
         self, reader: Reader, spec: Spec, state: Tensors, context: CodecContext
@@ -196,15 +241,40 @@ class Chain(FramedCodec):
             raise CodecError("payload is coded, but there is nothing to decode")
         shapes, layout_plan = self.layout.outline(spec, reader)
         steps = []
-        for transform in self.transforms:
-            inner, plan = transform.outline(shapes, reader, context)
-            steps.append((transform, plan, shapes))
+        for transform, own in self._steps(context):
+            inner, plan = transform.outline(shapes, reader, own)
+            steps.append((transform, own, plan, shapes))
             shapes = inner
         rows = self.quantizer.decode(reader, shapes, self.coder, context)
-        for transform, plan, outer in reversed(steps):
-            rows = transform.decode(rows, plan, outer, context)
+        for transform, own, plan, outer in reversed(steps):
+            rows = transform.decode(rows, plan, outer, own)
         tensors = self.layout.decode(rows, layout_plan, spec)
         return {name: tensor.to(spec[name].dtype) for name, tensor in tensors.items()}, state
+
+    def _steps(self, context: CodecContext) -> Iterator[tuple[Transform, CodecContext]]:
+        """Give transforms that come again random numbers of their own: two that draw alike lean alike."""
+        seen: Counter[str] = Counter()
+        for transform in self.transforms:
+            again = seen[transform.name]
+            seen[transform.name] += 1
+            yield transform, replace(context, path=(*context.path, again)) if again else context
+
+
+def _simple(spec: Spec) -> Tensors:
+    """Return an update of one tensor of every shape, matrices of rank one, values of about one magnitude."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        sign = torch.randint(2, shape, generator=random) * 2 - 1
+        return sign * (0.5 + torch.rand(shape, generator=random))
+
+    found: Tensors = {}
+    one_each = {item: name for name, item in sorted(spec.items(), reverse=True) if item.numel}
+    for item, name in one_each.items():
+        height = item.shape[0] if len(item.shape) > 1 else 1
+        values = draw(height, 1) * draw(1, item.numel // height) * 1e-3
+        found[name] = values.reshape(item.shape).to(item.dtype)
+    return found
 
 
 def generator(context: CodecContext, purpose: str) -> np.random.Generator:
@@ -226,7 +296,7 @@ def raw_words(random: np.random.Generator, count: int) -> npt.NDArray[np.uint64]
 def spell(stage: Any) -> str:
     """Write a stage the way the parser reads it; fields declared with ``repr=False`` are not spelled.
 
-    >>> from fedllm.codecs.quantize import Quantize
+    >>> from fedllm.codecs.stages.quantize import Quantize
     >>> spell(Quantize(bits=4))
     'quantize(bits=4, block=4096, stochastic=false)'
     """

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fedllm.codecs.chain import Chain, spell
-from fedllm.codecs.concatenate import Concatenate
-from fedllm.codecs.entropy import Packed
-from fedllm.codecs.quantize import Float32, Quantize, Sign
-from fedllm.codecs.rotate import Eden, Rotate
+from fedllm.codecs.stages.concatenate import Concatenate
+from fedllm.codecs.stages.entropy import Packed
+from fedllm.codecs.stages.quantize import Float32, Quantize, Sign
+from fedllm.codecs.stages.rotate import Eden, Rotate
 from fedllm.errors import ConfigError
 
 __all__ = ["chain"]
@@ -45,20 +45,25 @@ def chain(*stages: Any) -> Chain:
         kind, before = stage.kind, stage.name
         pieces[kind].append(stage)
     transforms = tuple(pieces["transform"])
-    rotated = bool(transforms) and isinstance(transforms[-1], Rotate)
+    rotation = transforms[-1] if transforms and isinstance(transforms[-1], Rotate) else None
     return Chain(
         layout=pieces["layout"][0] if pieces["layout"] else Concatenate(),
         transforms=transforms,
-        quantizer=_quantizer(pieces["quantizer"][0], rotated) if pieces["quantizer"] else Float32(),
+        quantizer=_quantizer(pieces["quantizer"][0], rotation) if pieces["quantizer"] else Float32(),
         coder=pieces["coder"][0] if pieces["coder"] else Packed(),
         text=" | ".join(spell(stage) for stage in stages),
     )
 
 
-def _quantizer(stage: Any, rotated: bool) -> Any:
+def _quantizer(stage: Any, rotation: Rotate | None) -> Any:
     """After a rotation the distribution of the values is known, and EDEN's grid is the better one."""
-    if rotated and isinstance(stage, Sign):
-        return Eden(1, stage.block)
-    if rotated and isinstance(stage, Quantize) and stage.bits <= 4 and not stage.stochastic:
-        return Eden(stage.bits, stage.block)
+    if rotation and isinstance(stage, Sign):
+        return Eden(1, _within(stage.block, rotation))
+    if rotation and isinstance(stage, Quantize) and stage.bits <= 4 and not stage.stochastic:
+        return Eden(stage.bits, _within(stage.block, rotation))
     return stage
+
+
+def _within(block: int, rotation: Rotate) -> int:
+    """Let no scale span two rotations: what is large in one would be shrunk to swell what is small."""
+    return min(1 << block.bit_length() - 1, rotation.block)

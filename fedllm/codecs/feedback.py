@@ -35,6 +35,10 @@ class Feedback(FramedCodec):
         """Return itself."""
         return self
 
+    def misfit(self, spec: Spec) -> str:
+        """Ask the codec inside, as it is used."""
+        return self.inner.contracted().misfit(spec)
+
     def _sent(self, tensors: Tensors, context: CodecContext) -> tuple[Sequence[Buffer], Tensors]:
         """Encode with the inner codec; return the body and, in float32, what a receiver makes of it."""
         inner = self.inner.contracted()

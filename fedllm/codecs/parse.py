@@ -4,27 +4,29 @@
     stage = name [ "(" [ argument { "," argument } ] ")" ]
     argument = [ key "=" ] ( number | true | false | "text" | codec )
 
-Every module of this package with a ``STAGES`` tuple of dataclasses adds to the vocabulary; the fields of a
-dataclass are its stage's arguments.
+Every module of this package, and every plug-in, with a ``STAGES`` tuple of dataclasses adds to the words;
+the fields of a dataclass are its stage's arguments.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 import fedllm.codecs
+from fedllm import plugins
 from fedllm.codecs.base import FramedCodec
 from fedllm.codecs.compose import chain
+from fedllm.config import CodecConfig
 from fedllm.errors import ConfigError
+from fedllm.wording import suggest
 
-__all__ = ["Node", "parse", "vocabulary"]
+__all__ = ["Codecs", "Node", "parse", "vocabulary"]
 
 _TOKEN = re.compile(
     r'\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|"(?P<text>[^"]*)"'
@@ -40,6 +42,24 @@ class Node:
 
     name: str
     arguments: tuple[tuple[str | None, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """A run's codecs, read once; what they are spelled with is for people.
+
+    Attributes:
+        up: encodes what clients send.
+        down: encodes what the server sends.
+    """
+
+    up: FramedCodec
+    down: FramedCodec
+
+    @classmethod
+    def of(cls, config: CodecConfig) -> Self:
+        """Parse both; raises as :func:`parse` does."""
+        return cls(parse(config.up), parse(config.down))
 
 
 def parse(text: str) -> FramedCodec:
@@ -58,13 +78,19 @@ def parse(text: str) -> FramedCodec:
     return build(nodes)
 
 
-@cache
 def vocabulary() -> Mapping[str, type[Any]]:
-    """Return every stage and combinator by name."""
-    modules = (
-        importlib.import_module(f"{fedllm.codecs.__name__}.{item.name}")
-        for item in pkgutil.iter_modules(fedllm.codecs.__path__)
-    )
+    """Return every stage and combinator by name.
+
+    Raises:
+        ConfigError: a plug-in takes a name that is taken.
+    """
+    return {**_own(), **plugins.new("codec stage", _own(), plugins.stages())}
+
+
+@cache
+def _own() -> dict[str, type[Any]]:
+    names = [item.name for item in pkgutil.walk_packages(fedllm.codecs.__path__, "fedllm.codecs.")]
+    modules = map(importlib.import_module, names)
     return {stage.name: stage for module in modules for stage in getattr(module, "STAGES", ())}
 
 
@@ -182,12 +208,3 @@ def _typed(what: str, value: Any, hint: Any) -> Any:
     }
     wanted = " or ".join(text for kind, text in names.items() if kind in allowed)
     raise ConfigError(f"{what} takes {wanted}")
-
-
-def suggest(given: str, valid: Iterable[str]) -> str:
-    """Return the end of a sentence: the nearest valid name, or all of them."""
-    names = sorted(valid)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; valid are {', '.join(names)}" if names else ", it takes none"

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from fedllm.codecs.base import Buffer, CodecContext, Dense, FramedCodec, Reader
-from fedllm.errors import CodecError, ConfigError
+from fedllm.errors import ConfigError
 from fedllm.tensors import Spec, Tensors, spec_of
 
 __all__ = ["PerTensor"]
@@ -21,7 +21,7 @@ class PerTensor(FramedCodec):
     A tensor takes the first route that fits it. ``matrices`` are tensors of two axes or more, ``vectors`` the
     rest; a route left out is ``none``. Any other key is a pattern of names, as in
     ``per_tensor("*classifier*"=none, matrices=low_rank(rank=4), vectors=quantize(bits=8))``; one that fits no
-    tensor is an error, for a misspelt pattern would compress nothing and tell nobody.
+    tensor of a run is an error before the run, for a misspelt pattern would compress nothing and tell nobody.
 
     Attributes:
         routes: pairs of a key and the codec of the tensors that it fits.
@@ -78,6 +78,19 @@ class PerTensor(FramedCodec):
         """Return the routes' smallest-error variants."""
         return PerTensor(tuple((key, codec.contracted()) for key, codec in self.routes))
 
+    def misfit(self, spec: Spec) -> str:
+        """Name the first pattern that fits no tensor which no route before it has taken."""
+        left = dict(spec)
+        for key, codec in self.routes:
+            taken = {name: item for name, item in left.items() if _fits(key, name, len(item.shape))}
+            if not taken and key not in _KINDS:
+                some = ", ".join(sorted(spec)[:3]) + (", ..." if len(spec) > 3 else "")
+                return f"no tensor is left that fits {key!r}; updates hold {some}"
+            if wrong := codec.misfit(taken):
+                return wrong
+            left = {name: item for name, item in left.items() if name not in taken}
+        return ""
+
     def write(
         self, tensors: Tensors, state: Tensors, context: CodecContext
     ) -> tuple[Sequence[Buffer], Tensors]:
@@ -110,8 +123,6 @@ class PerTensor(FramedCodec):
         left = sorted(spec)
         for key, codec in (*self.routes, *((kind, Dense()) for kind in _KINDS)):
             names = [name for name in left if _fits(key, name, len(spec[name].shape))]
-            if not names and key not in _KINDS:
-                raise CodecError(f"per_tensor: no tensor is left that fits {key!r}")
             left = [name for name in left if name not in set(names)]
             if names:
                 yield key, codec, names

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from fedllm.processes import die_with_parent
-from server.dashboard.commands import app
+import sys
+
+from fedllm.errors import FedllmError
+from fedllm.host.processes import die_with_parent
+from fedllm.terminal.console import console
+from server.dashboard.dashboard_commands import app
 
 if __name__ == "__main__":
     die_with_parent()
-    app(prog_name="fedllm dashboard")
+    try:
+        app(prog_name="fedllm dashboard")
+    except FedllmError as error:
+        console.print(f"error: the dashboard: {error}")
+        sys.exit(error.exit_code)

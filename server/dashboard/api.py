@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
 
-from fedllm.run_database import Event, NodeLog, NodeRound, Round
-from server.dashboard import downloads
-from server.dashboard.access import Principal, Role
-from server.dashboard.desk import Desk
-from server.dashboard.federation import FederationNode
-from server.dashboard.shelf import Overview
-from server.dashboard.totals import NodeTotal
+from fedllm.runs.records import Event, NodeLog, NodeRound, RoundRecord
+from fedllm.runs.totals import NodeTotal
+from server.dashboard.actions import downloads
+from server.dashboard.actions.federation import FederationNode
+from server.dashboard.actions.operations import Operations
+from server.dashboard.api_types import (
+    Accepted,
+    Clone,
+    GoOn,
+    Named,
+    Order,
+    Preset,
+    Problem,
+    Secret,
+    Session,
+    Start,
+    Users,
+)
+from server.dashboard.door.access import Principal
+from server.dashboard.reading.runs import Overview
 
 __all__ = ["router"]
 
-
-class Problem(BaseModel):
-    """Why a request was refused, in one sentence."""
-
-    detail: str
+Row = TypeVar("Row")
 
 
 _WHY = {
@@ -39,99 +48,9 @@ router = APIRouter(
 )
 
 
-class Body(BaseModel):
-    """A request's content; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-Scalar = str | bool | int | float
-Settings = dict[str, Scalar | list[Scalar]]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,99}$")]
-
-
-class Start(Body):
-    """A new run."""
-
-    name: RunName
-    """Of the run and its folder."""
-    preset: str
-    """See ``/api/presets``."""
-    settings: Settings = Field(default_factory=dict)
-    """What differs from the preset, such as ``{"training.local_steps": 4}``."""
-
-
-class Clone(Body):
-    """A run like another."""
-
-    name: RunName
-    """Of the new run."""
-    settings: Settings = Field(default_factory=dict)
-    """What differs."""
-
-
-class Order(Body):
-    """Something that a run obeys before its next round."""
-
-    kind: Literal["pause", "resume", "stop", "quarantine", "release"]
-    node: int | None = Field(default=None, ge=0, le=2**31)
-    """For quarantine and release."""
-
-
-class GoOn(Body):
-    """Where a run goes on."""
-
-    round: int | None = Field(default=None, ge=0, le=2**31)
-    """A checkpoint to roll back to; unset takes the last."""
-
-
-class Named(Body):
-    """A user or a token."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
-    role: Role
-
-
-class Secret(BaseModel):
-    """Shown this once."""
-
-    name: str
-    secret: str
-
-
-class Accepted(BaseModel):
-    """Done, or on its way."""
-
-    name: str
-
-
-class Session(BaseModel):
-    """Who asks."""
-
-    name: str
-    role: Role
-    csrf: str
-    """What a login repeats in ``X-CSRF-Token``; empty for a token, which needs none."""
-
-
-class Preset(BaseModel):
-    """A configuration to start from."""
-
-    name: str
-    shows: str
-    costs: str
-
-
-class Users(BaseModel):
-    """Who may enter."""
-
-    users: list[dict[str, str]]
-    tokens: list[dict[str, Any]]
-
-
-def _desk(request: Request) -> Desk:
-    desk: Desk = request.app.state.desk
-    return desk
+def _ops(request: Request) -> Operations:
+    ops: Operations = request.app.state.ops
+    return ops
 
 
 def _who(request: Request) -> Principal:
@@ -139,7 +58,35 @@ def _who(request: Request) -> Principal:
     return principal
 
 
-TheDesk = Annotated[Desk, Depends(_desk)]
+class Page:
+    """A part of a long list; where there is more, the answer's ``Link`` header leads to the next part."""
+
+    def __init__(
+        self,
+        request: Request,
+        response: Response,
+        limit: Annotated[int, Query(ge=1, le=10_000, description="Rows at most.")] = 1000,
+        cursor: Annotated[
+            int, Query(ge=0, le=2**62, description="Where to go on: from the Link header of the part before.")
+        ] = 0,
+    ) -> None:
+        self.limit, self.cursor = limit, cursor
+        self._request, self._response = request, response
+
+    def of(self, rows: Sequence[Row]) -> list[Row]:
+        """Cut the page out of all rows."""
+        return self.cut(rows[self.cursor : self.cursor + self.limit + 1])
+
+    def cut(self, rows: Sequence[Row]) -> list[Row]:
+        """Leave out the row beyond the page, which tells that there is more."""
+        if len(rows) > self.limit:
+            following = self._request.url.include_query_params(cursor=self.cursor + self.limit)
+            self._response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
+        return list(rows[: self.limit])
+
+
+TheOperations = Annotated[Operations, Depends(_ops)]
+ThePage = Annotated[Page, Depends()]
 Who = Annotated[Principal, Depends(_who)]
 Name = Annotated[str, Path(description="Of the run.", max_length=200)]
 Number = Annotated[int, Path(ge=0, le=2**31)]
@@ -155,52 +102,61 @@ def session(who: Who) -> Session:
 
 @router.get("/runs")
 def runs(
-    desk: TheDesk,
+    ops: TheOperations,
+    page: ThePage,
     state: Annotated[str | None, Query(description="Only runs in this state.")] = None,
     method: Annotated[str | None, Query(description="Only runs of this method.")] = None,
 ) -> list[Overview]:
     """List the runs: live ones first, then the latest change first."""
-    return [
-        view
-        for view in desk.overviews()
-        if (state is None or view.state == state) and (method is None or view.method == method)
-    ]
+    return page.of(
+        [
+            view
+            for view in ops.overviews()
+            if (state is None or view.state == state) and (method is None or view.method == method)
+        ]
+    )
 
 
 @router.post("/runs", status_code=202)
-def start(desk: TheDesk, who: Who, body: Start) -> Accepted:
+def start(ops: TheOperations, who: Who, body: Start) -> Accepted:
     """Start a run from a preset, in a process of its own."""
-    desk.start(who, body.name, body.preset, body.settings)
+    ops.start(who, body.name, body.preset, body.settings)
     return Accepted(name=body.name)
 
 
 @router.get("/runs/{name}")
-def run(desk: TheDesk, name: Name) -> Overview:
+def run(ops: TheOperations, name: Name) -> Overview:
     """One run at a glance."""
-    return desk.overview(name)
+    return ops.overview(name)
 
 
 @router.get("/runs/{name}/rounds")
-def rounds(desk: TheDesk, name: Name, after: Annotated[int, Query(ge=-1, le=2**31)] = -1) -> list[Round]:
+def rounds(
+    ops: TheOperations, page: ThePage, name: Name, after: Annotated[int, Query(ge=-1, le=2**31)] = -1
+) -> list[RoundRecord]:
     """Committed rounds, ascending; round 0 is the setup."""
-    return [record for record in desk.shelf.rounds(name) if record.round > after]
+    return page.of([record for record in ops.index.rounds(name) if record.round > after])
 
 
 @router.get("/runs/{name}/nodes")
-def nodes(desk: TheDesk, name: Name) -> list[NodeTotal]:
-    """Clients over the whole run."""
-    return desk.shelf.nodes(name)
+def nodes(ops: TheOperations, page: ThePage, name: Name) -> list[NodeTotal]:
+    """Clients over the whole run, by number."""
+    return page.of(ops.index.nodes(name))
 
 
 @router.get("/runs/{name}/answers")
-def answers(desk: TheDesk, name: Name, round: RoundQuery = None, node: NodeQuery = None) -> list[NodeRound]:
+def answers(
+    ops: TheOperations, page: ThePage, name: Name, round: RoundQuery = None, node: NodeQuery = None
+) -> list[NodeRound]:
     """What became of each client in each exchange; of one round, one node, or all."""
-    return desk.shelf.run(name).nodes(round=round, node=node)
+    stored = ops.index.run(name)
+    return page.cut(stored.nodes(round=round, node=node, limit=page.limit + 1, offset=page.cursor))
 
 
 @router.get("/runs/{name}/traffic")
 def traffic(
-    desk: TheDesk,
+    ops: TheOperations,
+    page: ThePage,
     name: Name,
     by: Annotated[list[Literal["round", "node", "direction", "exchange", "record"]] | None, Query()] = None,
     round: RoundQuery = None,
@@ -208,55 +164,55 @@ def traffic(
 ) -> list[dict[str, int | str]]:
     """Bytes summed over everything but the columns named; ``dense`` is the same without a codec."""
     columns = list(dict.fromkeys(by or ["round", "direction"]))
-    return desk.shelf.run(name).traffic(columns, round=round, node=node)
+    return page.of(ops.index.run(name).traffic(columns, round=round, node=node))
 
 
 @router.get("/runs/{name}/events")
 def events(
-    desk: TheDesk,
+    ops: TheOperations,
     name: Name,
     after: Annotated[int, Query(ge=0, le=2**62)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> list[Event]:
     """The run's log, oldest first."""
-    return desk.shelf.run(name).events(after, limit)
+    return ops.index.run(name).events(after, limit)
 
 
 @router.get("/runs/{name}/logs")
 def node_logs(
-    desk: TheDesk,
+    ops: TheOperations,
     name: Name,
     node: NodeQuery = None,
     after: Annotated[int, Query(ge=0, le=2**62)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> list[NodeLog]:
     """Lines of the nodes' own logs, as they came with their replies; the newest hundred of each node."""
-    return desk.shelf.run(name).node_logs(after, node=node, limit=limit)
+    return ops.index.run(name).node_logs(after, node=node, limit=limit)
 
 
 @router.get("/runs/{name}/audit")
-def run_audit(desk: TheDesk, name: Name) -> list[dict[str, Any]]:
+def run_audit(ops: TheOperations, name: Name) -> list[dict[str, Any]]:
     """Who did what to the run."""
-    return desk.shelf.run(name).audit_log()
+    return ops.index.run(name).audit_log()
 
 
 @router.get("/runs/{name}/config")
-def config(desk: TheDesk, name: Name) -> dict[str, Any]:
+def config(ops: TheOperations, name: Name) -> dict[str, Any]:
     """The resolved configuration, as its TOML lays it out."""
-    return desk.shelf.run(name).config.to_document()
+    return ops.index.run(name).config.to_document()
 
 
 @router.get("/runs/{name}/checkpoints")
-def checkpoints(desk: TheDesk, name: Name) -> list[int]:
+def checkpoints(ops: TheOperations, name: Name) -> list[int]:
     """Rounds that the run can go back to."""
-    return desk.checkpoints(name)
+    return ops.checkpoints(name)
 
 
 @router.get("/runs/{name}/output", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-def output(desk: TheDesk, name: Name) -> Response:
+def output(ops: TheOperations, name: Name) -> Response:
     """The end of what the run's process has printed: one started from here, or the federation's."""
-    desk.overview(name)
-    return Response(desk.launcher.log(name), media_type="text/plain")
+    ops.overview(name)
+    return Response(ops.launcher.log(name), media_type="text/plain")
 
 
 @router.get(
@@ -264,104 +220,121 @@ def output(desk: TheDesk, name: Name) -> Response:
     response_class=Response,
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
-def download(desk: TheDesk, name: Name, file: downloads.File) -> Response:
-    """Download the result (``adapter.zip``), the report, tables or the configuration."""
-    return downloads.respond(desk, name, file)
+async def download(
+    ops: TheOperations, name: Name, file: downloads.File, round: Annotated[int | None, Query(ge=0)] = None
+) -> Response:
+    """Download the result (``adapter.zip`` of the last or a ``round``, ``adapter-best.zip``), report, ..."""
+    return await downloads.respond(ops, name, file, round)
 
 
 @router.post("/runs/{name}/commands", status_code=202)
-def command(desk: TheDesk, who: Who, name: Name, body: Order) -> Accepted:
+def command(ops: TheOperations, who: Who, name: Name, body: Order) -> Accepted:
     """Pause, resume or stop a run, quarantine or release a node; obeyed before the next round."""
-    desk.command(who, name, body.kind, body.node)
+    ops.command(who, name, body.kind, body.node)
     return Accepted(name=name)
 
 
 @router.post("/runs/{name}/continue", status_code=202)
-def go_on(desk: TheDesk, who: Who, name: Name, body: GoOn) -> Accepted:
+def go_on(ops: TheOperations, who: Who, name: Name, body: GoOn) -> Accepted:
     """Go on with a run that is not under way, at its last checkpoint or an earlier one."""
-    desk.go_on(who, name, body.round)
+    ops.go_on(who, name, body.round)
+    return Accepted(name=name)
+
+
+@router.post("/runs/{name}/dismiss", status_code=202)
+def dismiss(ops: TheOperations, who: Who, name: Name) -> Accepted:
+    """Take a run that did not start out of the list."""
+    ops.dismiss(who, name)
     return Accepted(name=name)
 
 
 @router.post("/runs/{name}/clone", status_code=202)
-def clone(desk: TheDesk, who: Who, name: Name, body: Clone) -> Accepted:
+def clone(ops: TheOperations, who: Who, name: Name, body: Clone) -> Accepted:
     """Start a run with this one's configuration."""
-    desk.clone(who, name, body.name, body.settings)
+    ops.clone(who, name, body.name, body.settings)
     return Accepted(name=body.name)
 
 
 @router.get("/presets")
-def presets(desk: TheDesk) -> list[Preset]:
+def presets(ops: TheOperations) -> list[Preset]:
     """List the configurations to start from."""
-    return [Preset(**row) for row in desk.launcher.presets()]
+    return [Preset(**row) for row in ops.launcher.presets()]
 
 
 @router.get("/presets/{preset}")
-def preset(desk: TheDesk, preset: str) -> dict[str, Any]:
+def preset(ops: TheOperations, preset: str) -> dict[str, Any]:
     """One preset's resolved configuration."""
-    return desk.launcher.document(preset)
+    return ops.launcher.document(preset)
 
 
 @router.get("/schema")
-def schema(desk: TheDesk) -> dict[str, Any]:
+def schema(ops: TheOperations) -> dict[str, Any]:
     """JSON schemas of the configuration (``run``) and of every method's options (``methods``)."""
-    return desk.launcher.schemas()
+    return ops.launcher.schemas()
 
 
 @router.get("/nodes")
-def federation_nodes(desk: TheDesk) -> list[FederationNode]:
+def federation_nodes(ops: TheOperations) -> list[FederationNode]:
     """Nodes of the federation that is served beside; empty where runs are simulated."""
-    return desk.federation_nodes()
+    return ops.federation_nodes()
 
 
 @router.post("/nodes/{node}/revoke")
-def revoke(desk: TheDesk, who: Who, node: Number) -> Accepted:
+def revoke(ops: TheOperations, who: Who, node: Number) -> Accepted:
     """Forbid a node to join ever again."""
-    desk.revoke(who, node)
+    ops.revoke(who, node)
     return Accepted(name=f"node {node}")
 
 
 @router.post("/runs/{name}/nodes/{node}/forget")
-def forget(desk: TheDesk, who: Who, name: Name, node: Number) -> Accepted:
+def forget(ops: TheOperations, who: Who, name: Name, node: Number) -> Accepted:
     """Delete what a run that is over keeps about a node, except the bytes in its totals."""
-    desk.forget(who, name, node)
+    ops.forget(who, name, node)
     return Accepted(name=f"node {node}")
 
 
 @router.get("/audit")
-def audit(desk: TheDesk, limit: Annotated[int, Query(ge=1, le=10_000)] = 200) -> list[dict[str, Any]]:
-    """Who did what, newest first."""
-    return desk.audit_log(limit)
+def audit(
+    ops: TheOperations, who: Who, limit: Annotated[int, Query(ge=1, le=10_000)] = 200
+) -> list[dict[str, Any]]:
+    """Who did what, newest first; for operators."""
+    return ops.audit_log(who, limit)
 
 
 @router.get("/access")
-def access(desk: TheDesk, who: Who) -> Users:
+def access(ops: TheOperations, who: Who) -> Users:
     """Users and tokens; for operators."""
-    desk.require_operator(who)
-    return Users(users=desk.accounts.users(), tokens=desk.accounts.tokens())
+    ops.require_operator(who)
+    return Users(users=ops.accounts.users(), tokens=ops.accounts.tokens())
 
 
 @router.post("/access/users", status_code=201)
-def add_user(desk: TheDesk, who: Who, body: Named) -> Secret:
-    """Add a user, or give one a new password."""
-    return Secret(name=body.name, secret=desk.add_user(who, body.name, body.role))
+def add_user(ops: TheOperations, who: Who, body: Named) -> Secret:
+    """Add a user."""
+    return Secret(name=body.name, secret=ops.add_user(who, body.name, body.role))
+
+
+@router.post("/access/users/{name}/password", status_code=201)
+def renew_password(ops: TheOperations, who: Who, name: str) -> Secret:
+    """Give a user a new password; ends that user's sessions."""
+    return Secret(name=name, secret=ops.renew_password(who, name))
 
 
 @router.delete("/access/users/{name}")
-def remove_user(desk: TheDesk, who: Who, name: str) -> Accepted:
+def remove_user(ops: TheOperations, who: Who, name: str) -> Accepted:
     """Remove a user."""
-    desk.remove_user(who, name)
+    ops.remove_user(who, name)
     return Accepted(name=name)
 
 
 @router.post("/access/tokens", status_code=201)
-def add_token(desk: TheDesk, who: Who, body: Named) -> Secret:
+def add_token(ops: TheOperations, who: Who, body: Named) -> Secret:
     """Make an API token."""
-    return Secret(name=body.name, secret=desk.add_token(who, body.name, body.role))
+    return Secret(name=body.name, secret=ops.add_token(who, body.name, body.role))
 
 
 @router.delete("/access/tokens/{name}")
-def remove_token(desk: TheDesk, who: Who, name: str) -> Accepted:
+def remove_token(ops: TheOperations, who: Who, name: str) -> Accepted:
     """Revoke an API token."""
-    desk.remove_token(who, name)
+    ops.remove_token(who, name)
     return Accepted(name=name)

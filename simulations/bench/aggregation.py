@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from fedllm.config import RunConfig
-from fedllm.lora import Factors, pairs, stack, truncate
 from fedllm.tensors import Tensors, dense_bytes, spec_of
 from strategies.base import Exchange, Reply, State
-from strategies.lora import Lora
+from strategies.lora.factors import Factors, pairs, stack, truncate
+from strategies.lora.method import Lora
 
 __all__ = ["exactness", "memory", "run", "svd_speed"]
 
@@ -103,7 +103,8 @@ def _round(
         held = state.tensors | {name: state.tensors[name] + value for name, value in change.items()}
         for layer, product in _products(held, 8).items():
             dense[layer] = dense.get(layer, 0.0) + product * (examples / sum(cohort.values()))
-    after, kept = method.step(state, acc)
+    step = method.step(state, acc)
+    after, kept = step.proposal, step.memory
     assert isinstance(after, dict)
     return State(state.version + 1, after, kept), dense
 

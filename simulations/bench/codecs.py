@@ -7,7 +7,6 @@ for finite values; ``ratios`` set the one stage that a peer has against that pee
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -20,10 +19,11 @@ import torch
 from fedllm.codecs import CodecContext, measure, parse
 from fedllm.codecs.base import Reader, one_thread
 from fedllm.codecs.chain import Quantizer
-from fedllm.codecs.entropy import Packed
-from fedllm.codecs.floats import NormalFloat4
-from fedllm.codecs.quantize import Quantize
-from fedllm.codecs.rotate import Rotate
+from fedllm.codecs.stages.entropy import Packed
+from fedllm.codecs.stages.floats import NormalFloat4
+from fedllm.codecs.stages.quantize import Quantize
+from fedllm.codecs.stages.rotate import Rotate
+from fedllm.extras import installed, require
 from fedllm.tensors import Tensors, spec_of
 from simulations.bench import codec_fuzz, coders, eden
 
@@ -94,6 +94,7 @@ def run(fuzz: int = 0) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw the rate-distortion curves of a result beside the Gaussian bound 4^-bits, as PNG."""
+    require("matplotlib", "a plot")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -159,8 +160,8 @@ def _eden(x: torch.Tensor) -> Jobs:
 
 
 def _bitsandbytes(x: torch.Tensor) -> Jobs:
-    """Return the peer's jobs; none where it is not installed (``pip install --no-deps bitsandbytes``)."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+    """Return the peer's jobs; none where it is not installed (``pip install 'fedllm[bench]'``)."""
+    if not installed("bitsandbytes"):
         return {}
     import bitsandbytes.functional as peer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +11,10 @@ import numpy as np
 
 from fedllm.codecs import CodecContext
 from fedllm.codecs.base import Buffer, Reader
-from fedllm.codecs.bits import Codes
-from fedllm.codecs.entropy import Entropy, Packed
-from fedllm.codecs.quantize import Quantize
+from fedllm.codecs.stages.bits import Codes
+from fedllm.codecs.stages.entropy import Entropy, Packed
+from fedllm.codecs.stages.quantize import Quantize
+from fedllm.extras import installed
 
 __all__ = ["run"]
 
@@ -28,7 +28,7 @@ def run() -> dict[str, dict[str, Any]]:
     Returns:
         By codes: ``entropy`` and ``ans``, bits a code; ``encode_m_s`` and ``decode_m_s``, millions of codes a
         second; ``zstd_1_bytes``, ``zstd_1_packed`` and ``zstd_9``, bits a code, the last the better of the
-        two, None without zstandard (``pip install zstandard``).
+        two, None without zstandard (``pip install 'fedllm[bench]'``).
     """
     draw = np.random.default_rng(0)
     x = draw.standard_normal((1, VALUES), dtype=np.float32)
@@ -76,7 +76,7 @@ def _seconds(job: Callable[[], object]) -> float:
 
 
 def _zstandard(codes: Codes, alphabet: int) -> dict[str, float | None]:
-    if importlib.util.find_spec("zstandard") is None:
+    if not installed("zstandard"):
         return dict.fromkeys(("zstd_1_bytes", "zstd_1_packed", "zstd_9"))
     import zstandard
 

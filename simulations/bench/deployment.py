@@ -18,21 +18,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from client.checks import Bundle
-from client.device import Device, join
+from client.device.bundle import Bundle
+from client.device.participation import Device
+from client.device.supervisor import join
 from fedllm.config import RunConfig
 from fedllm.errors import RunFailed
-from fedllm.runs import Run
-from server.control import Control
-from server.link import open_link
-from server.provision import provision
-from server.submit import bundle_of, follow, submit
+from fedllm.runs.reader import Run
+from server.federation.control import Control
+from server.federation.link import open_link
+from server.federation.provision import provision
+from server.federation.submit import bundle_of, follow, submit
 from strategies.registry import resolve_run
 
 __all__ = ["run"]
 
 NODES = 2
 STEPS = 2
+APPS = ("client.app:app", *(f"simulations.bench.deployed.{name}_client:app" for name in ("idle", "stock")))
 
 
 def run(*, rounds: int = 20) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def _federation(folder: Path) -> Iterator[Control]:
         devices = [
             threading.Thread(
                 target=join,
-                args=(Device(bundle, folder / f"state-{bundle.node}", threads=1),),
+                args=(Device(bundle, folder / f"state-{bundle.node}", threads=1, apps=APPS),),
                 kwargs={"report": lambda said: None, "stop": stop},
             )
             for bundle in bundles

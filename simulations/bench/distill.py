@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from fedllm import data, models
+from fedllm import tasks
 from fedllm.config import RunConfig
-from fedllm.data import Batch, Tokens
-from fedllm.models import Model
+from fedllm.data import corpus as data
+from fedllm.data.tokens import Batch, Tokens
+from fedllm.models import model as models
+from fedllm.models.model import Model
+from fedllm.models.training import descend, minibatches
 from fedllm.randomness import stream
-from fedllm.student import freeze_embeddings
 from fedllm.tensors import Tensors
-from fedllm.training import descend, minibatches
 from strategies.base import Work
-from strategies.fedkd import FedKD
+from strategies.fedkd.method import FedKD
+from strategies.fedkd.student import freeze_embeddings
 
 __all__ = ["run"]
 
@@ -67,9 +69,10 @@ def _pair(
         }
     )
     method = FedKD(config)
-    corpus = data.load(config.data, config.model.task).subset(range(0, 2 * _TEXTS, 2))
+    task = tasks.of(config)
+    corpus = data.load(config.data, task).subset(range(0, 2 * _TEXTS, 2))
     student = method.build(corpus.label_names)
-    tokens = data.tokenise(corpus, student.tokenizer, length, config.model.task)
+    tokens = task.encode(corpus, student.tokenizer, length)
     teacher = models.load(config, corpus.label_names)
     if embeddings == "frozen":
         freeze_embeddings(teacher)

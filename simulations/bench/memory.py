@@ -2,7 +2,8 @@
 
 Each sample is taken in a process of its own, so that no peak hides behind another's. Inference is the stock
 ``model(ids, labels=ids)`` under ``no_grad`` with the same attention. ``antithetic`` evaluates that same loss
-twice; cases named ``chunked`` make logits for 64 tokens at a time, as :func:`fedllm.forward.batch_loss` does.
+twice; cases named ``chunked`` make logits for 64 tokens at a time, as
+:func:`strategies.forward.slopes.batch_loss` does.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from typing import Any, Literal
 
 import torch
 
-from fedllm import models
 from fedllm.config import ModelConfig, RunConfig, TrainingConfig, TuningConfig
-from fedllm.data import Batch
-from fedllm.directions import Direction
-from fedllm.forward import Loss, antithetic, batch_loss, jvp, settled
-from fedllm.models import Model
+from fedllm.data.tokens import Batch
+from fedllm.models import model as models
+from fedllm.models.model import Model
+from strategies.forward.directions import Direction
+from strategies.forward.slopes import Loss, antithetic, batch_loss, jvp, settled
 
 __all__ = ["CASES", "memory", "run", "throughput"]
 
@@ -36,9 +37,14 @@ CASES = (
     "chunked_inference",
     "chunked_antithetic",
     "chunked_jvp",
+    "lean_backprop",
     "checkpointed_backprop",
     "backprop",
 )
+_KEEPS: Mapping[str, Literal["checkpoint", "lean"]] = {
+    "checkpointed_backprop": "checkpoint",
+    "lean_backprop": "lean",
+}
 _BATCH = (4, 128)
 
 
@@ -52,7 +58,7 @@ def memory(samples: int = 3) -> dict[str, dict[str, Any]]:
 
     Returns:
         By case: ``peak_bytes`` above the loaded model (median, and all ``samples``), the same as a multiple
-        of inference's (``of_inference``), and the median ``seconds``.
+        of inference's (``of_inference``), and the medians of ``seconds`` and ``cpu_seconds``.
     """
     taken: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
     for _ in range(samples):
@@ -65,6 +71,7 @@ def memory(samples: int = 3) -> dict[str, dict[str, Any]]:
             "peak_bytes": statistics.median(peaks[case]),
             "of_inference": statistics.median(peaks[case]) / unit,
             "seconds": statistics.median(sample["seconds"] for sample in found),
+            "cpu_seconds": statistics.median(sample["cpu_seconds"] for sample in found),
             "samples": peaks[case],
         }
         for case, found in taken.items()
@@ -115,14 +122,14 @@ def measure(case: str, dtype: Literal["float32", "bfloat16"] = "float32") -> dic
         dtype: of the frozen part.
 
     Returns:
-        ``peak_bytes`` above the loaded model, ``model_bytes`` that its tensors take, and ``seconds``.
+        ``peak_bytes`` above the loaded model, ``model_bytes`` that its tensors take, ``seconds``, and
+        ``cpu_seconds``, which a busy machine disturbs less.
     """
-    checkpointed = case == "checkpointed_backprop"
     model = models.load(
         RunConfig(
             model=ModelConfig(name="smollm2", task="causal", dtype=dtype),
             tuning=TuningConfig(targets=("q_proj", "v_proj")),
-            training=TrainingConfig(gradient_checkpointing=checkpointed),
+            training=TrainingConfig(memory=_KEEPS.get(case, "plain")),
         ),
         (),
     )
@@ -131,10 +138,14 @@ def measure(case: str, dtype: Literal["float32", "bfloat16"] = "float32") -> dic
     step = _STEPS[case]
     step(model, small)  # thread pools and lazily loaded code are not the step's own
     size = sum(p.numel() * p.element_size() for p in model.module.parameters())
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     peak = _peak_above(lambda: step(model, full))
-    seconds = time.perf_counter() - started
-    return {"peak_bytes": float(peak), "model_bytes": float(size), "seconds": seconds}
+    return {
+        "peak_bytes": float(peak),
+        "model_bytes": float(size),
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - worked,
+    }
 
 
 def _stock(model: Model, batch: Batch) -> Loss:
@@ -166,9 +177,7 @@ def _jvp(model: Model, batch: Batch) -> None:
 
 
 def _backprop(model: Model, batch: Batch) -> None:
-    loss = model.loss(batch)
-    assert loss is not None
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    model.loss(batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 _STEPS: Mapping[str, Callable[[Model, Batch], None]] = {
@@ -177,6 +186,7 @@ _STEPS: Mapping[str, Callable[[Model, Batch], None]] = {
     "chunked_inference": partial(_inference, batch_loss),
     "chunked_antithetic": partial(_antithetic, batch_loss),
     "chunked_jvp": _jvp,
+    "lean_backprop": _backprop,
     "checkpointed_backprop": _backprop,
     "backprop": _backprop,
 }

@@ -17,16 +17,16 @@ import numpy.typing as npt
 import torch
 
 from fedllm.config import RunConfig
-from fedllm.directions import Direction, flat
-from fedllm.flat import entries, flatten, norm, shaped
-from fedllm.pacing import Gate, stretch
+from fedllm.presets import document
 from fedllm.randomness import stream
 from fedllm.tensors import Tensors
-from fedllm.warm_start import head, statistics, statistics_spec
-from simulations.catalogue import document
-from strategies.fwdllm import Options, decay
+from strategies.forward.directions import Direction, flat
+from strategies.forward.vectors import entries, flatten, norm, shaped
+from strategies.fwdllm.method import Options, decay
+from strategies.fwdllm.pacing import Gate, stretch
+from strategies.fwdllm.warm_start import head, statistics, statistics_spec
 from strategies.registry import resolve_run
-from strategies.workshop import Workshop
+from strategies.session import Session
 
 __all__ = ["Task", "interpolated", "run", "train"]
 
@@ -165,9 +165,9 @@ def _gradient(config: RunConfig, task: Task, tensors: Tensors, node: int, round:
 
 def _tasks(seeds: Sequence[int]) -> list[Task]:
     """Compute every text's features once; a seed says how the texts are split and shared out."""
-    shops = [Workshop(resolve_run(document("fwdllm"), [f"seed={seed}"])) for seed in seeds]
-    corpus, model = shops[0].corpus, shops[0].model
-    tokens = shops[0].tokenise(corpus)
+    sessions = [Session(resolve_run(document("fwdllm"), [f"seed={seed}"])) for seed in seeds]
+    corpus, model = sessions[0].corpus, sessions[0].model
+    tokens = sessions[0].tokenise(corpus)
     model.module.eval()
     with torch.inference_mode():
         parts = []
@@ -186,9 +186,9 @@ def _tasks(seeds: Sequence[int]) -> list[Task]:
         return features[[place[text] for text in texts]], labels
 
     tasks = []
-    for shop in shops:
-        train_texts, test = shop.split
-        clients = [train_texts.subset(part) for part in shop.partition]
+    for session in sessions:
+        train_texts, test = session.split
+        clients = [train_texts.subset(part) for part in session.partition]
         tasks.append(
             Task(
                 [of(c.texts, c.labels) for c in clients],

@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedllm.directions import Direction, flat
-from fedllm.flat import Flat, flatten, norm, shaped
+from fedllm.presets import document
 from fedllm.randomness import stream
-from fedllm.selection import alignments, choose
 from fedllm.tensors import Tensors
-from simulations.catalogue import document
 from strategies.base import Replay, Reply, State, Work
+from strategies.forward.directions import Direction, flat
+from strategies.forward.vectors import Flat, flatten, norm, shaped
+from strategies.fwdllm.selection import alignments, choose
 from strategies.registry import resolve_run
-from strategies.workshop import Workshop
+from strategies.session import Session
 
 __all__ = ["compare", "run"]
 
@@ -39,15 +39,15 @@ _LORA = (
 
 def run(rounds: int = 8, draws: int = 10) -> dict[str, Any]:
     """Compare on MiniLM: about a minute on an idle core; medians over the rounds."""
-    shop = Workshop(resolve_run(document("fwdllm"), _LORA))
-    return compare(shop, _warm(shop), rounds, draws)
+    session = Session(resolve_run(document("fwdllm"), _LORA))
+    return compare(session, _warm(session), rounds, draws)
 
 
-def compare(shop: Workshop, tensors: Tensors, rounds: int, draws: int) -> dict[str, Any]:
+def compare(session: Session, tensors: Tensors, rounds: int, draws: int) -> dict[str, Any]:
     """Return, for each way of choosing P directions, how good the round's estimate is.
 
     Args:
-        shop: of a run with ``method = "fwdllm"``; its options give P, the rate and the decay.
+        session: of a run with ``method = "fwdllm"``; its options give P, the rate and the decay.
         tensors: where to start.
         rounds: the first has no guide yet and is not counted.
         draws: estimates per round and way.
@@ -57,13 +57,13 @@ def compare(shop: Workshop, tensors: Tensors, rounds: int, draws: int) -> dict[s
         (importance-corrected) and ``top`` (the paper's, biased): ``cosine`` to the gradient and ``error``,
         the mean ||G - g||^2 / ||g||^2; ``ideal`` chooses by the true gradient, which nobody has.
     """
-    options = shop.method.options  # type: ignore[attr-defined]
+    options = session.method.options  # type: ignore[attr-defined]
     ways: dict[str, Estimate] = {"even": _even, "chosen": _chosen, "top": _top, "ideal": _chosen}
     rows: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     cosines: list[float] = []
     guide: Flat | None = None
     for round in range(1, rounds + 1):
-        gradients = [_gradient(shop, tensors, node, round) for node in range(shop.config.clients)]
+        gradients = [_gradient(session, tensors, node, round) for node in range(session.config.clients)]
         truth = np.mean(gradients, axis=0)
         if guide is not None:
             cosines.append(_cosine(guide, truth))
@@ -117,14 +117,14 @@ def _forward(gradient: Flat, directions: Sequence[Direction], weights: npt.NDArr
     return mean
 
 
-def _gradient(shop: Workshop, tensors: Tensors, node: int, round: int) -> Flat:
+def _gradient(session: Session, tensors: Tensors, node: int, round: int) -> Flat:
     """Backpropagate on the batch that the client would probe."""
-    train, _ = shop.client_tokens(node)
-    order = stream(shop.config.seed, "batches", round, node).permutation(len(train))
-    shop.method.load(shop.model, tensors)
-    shop.model.module.eval()
-    loss = shop.model.loss(train.batch(order[: shop.config.training.batch_size]))
-    parameters = shop.model.trainable()
+    train, _ = session.client_tokens(node)
+    order = stream(session.config.seed, "batches", round, node).permutation(len(train))
+    session.method.load(session.model, tensors)
+    session.model.module.eval()
+    loss = session.model.loss(train.batch(order[: session.config.training.batch_size]))
+    parameters = session.model.trainable()
     grads = torch.autograd.grad(loss, list(parameters.values()))
     return flatten(dict(zip(parameters, grads, strict=True)))
 
@@ -133,12 +133,12 @@ def _cosine(a: Flat, b: Flat) -> float:
     return float(a @ b) / (norm(a) * norm(b))
 
 
-def _warm(shop: Workshop) -> Tensors:
+def _warm(session: Session) -> Tensors:
     """Set the head in closed form from one client's texts."""
-    method, tensors, (train, test) = shop.method, shop.initial, shop.client_tokens(0)
-    work = Work("setup", {}, 0, 0, 0, 0.0, shop.model, tensors, {}, train, test)
+    method, tensors, (train, test) = session.method, session.initial, session.client_tokens(0)
+    work = Work("setup", {}, 0, 0, 0, 0.0, session.model, tensors, {}, train, test)
     answer = method.run(work)
     state = State(0, tensors)
     acc = method.fold(method.begin(state, 0), "setup", Reply(0, answer.tensors, answer.examples, {}))
-    proposal, _ = method.step(state, acc)
+    proposal = method.step(state, acc).proposal
     return method.replay(tensors, proposal.record) if isinstance(proposal, Replay) else proposal

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from fedllm.errors import RunFailed
-from simulations.flower import App, run_app
+from simulations.engines.flower import App, run_app
 
 __all__ = ["MEMORY_CLIENTS", "WORK", "Work", "run"]
 

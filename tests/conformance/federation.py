@@ -11,36 +11,43 @@ import torch
 from fedllm.config import RunConfig
 from fedllm.tensors import Tensors
 from strategies.base import Answer, Commit, Exchange, Reply, State, Work
-from strategies.workshop import Workshop
+from strategies.session import Session
 
 
-def workshop(encoder: Path, texts: Path, method: str, **sections: Any) -> Workshop:
+def session_for(encoder: Path, texts: Path, method: str, **sections: Any) -> Session:
     """Four clients of unequal size, one tiny model, a few local steps."""
     sections.setdefault("tuning", {"rank": 4, "alpha": 8.0, "targets": ("query", "value")})
     sections.setdefault("training", {"local_steps": 3, "batch_size": 8, "learning_rate": 1e-2})
+    data = {"path": str(texts), "partition": "dirichlet", "alpha": 1.0, "max_length": 16}
     config = RunConfig.model_validate(
         {
             "clients": 4,
             "method": method,
             "model": {"name": str(encoder)},
-            "data": {"path": str(texts), "partition": "dirichlet", "alpha": 1.0, "max_length": 16},
             **sections,
+            "data": data | sections.get("data", {}),
         }
     )
-    return Workshop(config)
+    return Session(config)
 
 
-def start(shop: Workshop) -> State:
-    return State(0, shop.initial)
+def start(session: Session) -> State:
+    return State(0, session.initial)
 
 
 def ask(
-    shop: Workshop, state: State, exchange: Exchange, node: int, round: int = 1, index: int = 0, **known: Any
+    session: Session,
+    state: State,
+    exchange: Exchange,
+    node: int,
+    round: int = 1,
+    index: int = 0,
+    **known: Any,
 ) -> Answer:
     """Let one client answer, as the worker does."""
-    train, test = shop.client_tokens(node)
-    view = shop.method.view(state.tensors, node)
-    shop.method.load(shop.model, view)
+    train, test = session.client_tokens(node)
+    view = session.method.view(state.tensors, node)
+    session.method.load(session.model, view)
     work = Work(
         kind=exchange.kind,
         arguments=exchange.arguments,
@@ -48,7 +55,7 @@ def ask(
         index=index,
         node=node,
         progress=0.0,
-        model=shop.model,
+        model=session.model,
         tensors=view,
         local=known.get("local", {}),
         train=train,
@@ -56,50 +63,51 @@ def ask(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(node)
-        return shop.method.run(work)
+        return session.method.run(work)
 
 
 def reply_of(answer: Answer, node: int, examples: int | None = None) -> Reply:
     return Reply(node, answer.tensors, examples or answer.examples, answer.metrics)
 
 
-def commit(shop: Workshop, state: State, round: int, kind: str, replies: Iterable[Reply]) -> State:
-    acc = shop.method.begin(state, round)
+def commit(session: Session, state: State, round: int, kind: str, replies: Iterable[Reply]) -> State:
+    acc = session.method.begin(state, round)
     for reply in replies:
-        acc = shop.method.fold(acc, kind, reply)
-    return step(shop, state, acc)
+        acc = session.method.fold(acc, kind, reply)
+    return step(session, state, acc)
 
 
-def step(shop: Workshop, state: State, acc: Any) -> State:
-    proposal, memory = shop.method.step(state, acc)
+def step(session: Session, state: State, acc: Any) -> State:
+    found = session.method.step(state, acc)
+    proposal, memory = found.proposal, found.memory
     if not isinstance(proposal, dict):
-        proposal = shop.method.replay(state.tensors, proposal.record)
+        proposal = session.method.replay(state.tensors, proposal.record)
     return State(state.version + 1, proposal, memory)
 
 
-def federate(shop: Workshop, state: State, rounds: int, nodes: Sequence[int], first: int = 1) -> State:
+def federate(session: Session, state: State, rounds: int, nodes: Sequence[int], first: int = 1) -> State:
     """Run whole rounds, each exchange that ``plan`` asks for, nodes in the order given."""
     for round in range(first, first + rounds):
-        acc = shop.method.begin(state, round)
+        acc = session.method.begin(state, round)
         local: dict[int, Tensors] = {}
         index = 0
-        while not isinstance(exchange := shop.method.plan(state, acc), Commit):
+        while not isinstance(exchange := session.method.plan(state, acc), Commit):
             for node in nodes:
-                answer = ask(shop, state, exchange, node, round, index, local=local.get(node, {}))
+                answer = ask(session, state, exchange, node, round, index, local=local.get(node, {}))
                 local[node] = answer.local
-                acc = shop.method.fold(acc, exchange.kind, reply_of(answer, node))
+                acc = session.method.fold(acc, exchange.kind, reply_of(answer, node))
             index += 1
-        state = step(shop, state, acc)
+        state = step(session, state, acc)
     return state
 
 
-def logits(shop: Workshop, tensors: Tensors | None = None) -> torch.Tensor:
+def logits(session: Session, tensors: Tensors | None = None) -> torch.Tensor:
     """What the model says about the test set, with ``tensors`` loaded or as it stands."""
     if tensors is not None:
-        shop.method.load(shop.model, tensors)
-    shop.model.module.eval()
+        session.method.load(session.model, tensors)
+    session.model.module.eval()
     try:
         with torch.no_grad():
-            return shop.model.forward(shop.test_tokens.batch(range(len(shop.test_tokens)))).logits
+            return session.model.forward(session.test_tokens.batch(range(len(session.test_tokens)))).logits
     finally:
-        shop.model.module.train()
+        session.model.module.train()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from fedllm.codecs import CodecContext, measure, parse
 from fedllm.codecs.base import HEADER_BYTES
-from fedllm.codecs.low_rank import LowRank, energy_rank, largest_rank
-from fedllm.tensors import Tensors, spec_of
+from fedllm.codecs.stages.low_rank import LowRank, energy_rank, largest_rank
+from fedllm.tensors import Tensors, dense_bytes, spec_of
 
 CONTEXT = CodecContext(seed=1, path=("up", 3, 1))
 methods = pytest.mark.parametrize("method", ["svd", "power"])
@@ -63,6 +65,7 @@ def test_rank_one_and_zero_matrices_keep_one_value(method: str) -> None:
     assert not y["zero"].any()
 
 
+@pytest.mark.slow
 @methods
 def test_flat_spectra_go_dense_instead_of_growing(method: str) -> None:
     x = {"x": torch.randn(768, 768, generator=torch.Generator().manual_seed(0))}
@@ -126,3 +129,52 @@ def test_quantised_factors_cost_a_quarter_and_little_accuracy() -> None:
 def test_convolutions_are_matrices_of_their_first_axis() -> None:
     x = {"x": matrix(24, 90, [4.0, 1.0]).reshape(24, 10, 9)}
     torch.testing.assert_close(decoded("low_rank(rank=2)", x)["x"], x["x"], atol=1e-5, rtol=1e-4)
+
+
+ADAPTER = {"lora_A": matrix(8, 384, [2.0, 1.0]), "lora_B": matrix(384, 8, [2.0, 1.0])}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("low_rank(rank=2) | random_k(fraction=0.1)", "go uncompressed, since errors of two factors"),
+        (
+            "low_rank(rank=2) | rotate | quantize(bits=1)",
+            "go uncompressed, since errors of two factors",
+        ),
+        ("top_k(fraction=0.99)", "updates would go uncompressed, since it makes them no smaller"),
+        ("low_rank(rank=8)", r'low_rank\(rank=8, method="svd"\) leaves each tensor as it is, even lora_'),
+        ("ef21(top_k(fraction=1.0))", "updates would go uncompressed"),
+        ("per_tensor(matrices=low_rank(rank=8))", "leaves each tensor as it is"),
+    ],
+)
+def test_a_chain_of_which_nothing_is_left_does_not_fit(text: str, reason: str) -> None:
+    """What is refused: a payload as long as the values themselves."""
+    codec = parse(text)
+    assert re.match(f"^.*{reason}", codec.misfit(spec_of(ADAPTER)))
+    payload, _ = codec.encode(ADAPTER, {}, CONTEXT)
+    assert len(payload) >= dense_bytes(spec_of(ADAPTER))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "low_rank(rank=2) | random_k(fraction=0.9)",
+        "error_feedback(low_rank(rank=2) | random_k(fraction=0.1))",  # which leaves the factor out
+        "low_rank(energy=0.9) | quantize(bits=8)",
+        "low_rank(rank=7)",
+        'low_rank(energy="0.3->1.0")',  # which is 1 at the end, where each tensor goes as it is
+        "random_k(fraction=0.1)",
+        "per_tensor(matrices=low_rank(rank=4), vectors=top_k(fraction=1.0))",  # there are no vectors
+    ],
+)
+def test_a_chain_that_makes_an_update_smaller_fits(text: str) -> None:
+    codec = parse(text)
+    assert codec.misfit(spec_of(ADAPTER)) == ""
+    payload, _ = codec.encode(ADAPTER, {}, CONTEXT)
+    assert len(payload) < 0.99 * dense_bytes(spec_of(ADAPTER))
+
+
+def test_low_rank_needs_a_matrix() -> None:
+    slopes = spec_of({"slopes": torch.ones(10)})
+    assert "leaves each tensor as it is, even slopes [10]" in parse("low_rank(energy=0.9)").misfit(slopes)

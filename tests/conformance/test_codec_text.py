@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fedllm.codecs import chain, parse
-from fedllm.codecs.entropy import Entropy
-from fedllm.codecs.low_rank import LowRank
-from fedllm.codecs.quantize import Quantize
+from fedllm.codecs.stages.entropy import Entropy
+from fedllm.codecs.stages.low_rank import LowRank
+from fedllm.codecs.stages.quantize import Quantize
 from fedllm.errors import ConfigError
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -74,9 +76,35 @@ ROWS = [
 CONTEXT = CodecContext(seed=3, path=("up", 1, 0), progress=0.25)
 
 
+SLOW = {
+    "cast(fp16)",
+    "cast(bf16) | entropy",
+    "quantize(bits=4)",
+    "quantize(bits=4, block=64)",
+    "quantize(bits=1)",
+    "quantize(bits=2.5, stochastic=true)",
+    "rotate | sign",
+    "rotate | quantize(bits=1)",
+    "rotate | quantize(bits=1.5)",
+    "rotate | quantize(bits=3)",
+    "rotate | quantize(bits=4)",
+    "rotate | quantize(bits=8)",
+    "top_k(fraction=0.5) | rotate | quantize(bits=4)",
+    "random_k(fraction=0.25) | quantize(bits=4, stochastic=true)",
+    "low_rank(rank=4) | rotate | quantize(bits=2)",
+    'error_feedback(low_rank(energy="0.95->0.98") | quantize(bits=8) | entropy)',
+    "error_feedback(random_k(fraction=0.25))",
+}
+"""Rows whose stages other rows have as well, or that code a symbol at a time."""
+
+
 def rows(*properties: str) -> pytest.MarkDecorator:
     """Return the rows whose codec declares all these properties."""
-    chosen = [row for row in ROWS if all(getattr(parse(row.text), name) for name in properties)]
+    chosen = [
+        pytest.param(row, marks=pytest.mark.slow if row.text in SLOW else ())
+        for row in ROWS
+        if all(getattr(parse(row.text), name) for name in properties)
+    ]
     return pytest.mark.parametrize("row", chosen, ids=lambda row: row.text)
 
 
@@ -107,12 +135,20 @@ MESSAGES: dict[str, Tensors] = {
     | {"head": normal(5)},
 }
 
-messages = pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
-
 
 def round_trip(codec: FramedCodec, tensors: Tensors, context: CodecContext = CONTEXT) -> Tensors:
     payload, _ = codec.encode(tensors, {}, context)
     return codec.decode(payload, spec_of(tensors), {}, context)[0]
+
+
+def seeds_for(codec: FramedCodec, most: int) -> range:
+    """One seed for a codec that draws nothing, since every other gives the same bytes."""
+    if re.search("rotate|random_k|power|stochastic=true", str(codec)):
+        return range(most)
+    few = {"a": normal(20, 2) @ normal(2, 30)}
+    one, other = (codec.encode(few, {}, CodecContext(seed=seed))[0] for seed in (0, 1))
+    assert one == other
+    return range(1)
 
 
 def squared(tensors: Tensors) -> float:
@@ -131,26 +167,26 @@ def test_every_stage_is_in_the_table_and_in_the_catalogue() -> None:
     assert all(entry.summary and entry.bits and entry.cost for entry in entries)
 
 
-@table
-def test_text_reads_back(row: Row) -> None:
-    assert parse(str(parse(row.text))) == parse(row.text)
+def test_text_reads_back() -> None:
+    for row in ROWS:
+        assert parse(str(parse(row.text))) == parse(row.text)
 
 
 @table
-@messages
-def test_round_trip_keeps_names_shapes_dtypes_and_never_grows(row: Row, message: Tensors) -> None:
+def test_round_trip_keeps_names_shapes_dtypes_and_never_grows(row: Row) -> None:
     codec = parse(row.text)
-    payload, _ = codec.encode(message, {}, CONTEXT)
-    decoded, _ = codec.decode(payload, spec_of(message), {}, CONTEXT)
-    assert spec_of(decoded) == spec_of(message)
     inner = getattr(codec, "inner", codec)
     routes = len(inner.routes) if isinstance(inner, PerTensor) else 1
-    assert len(payload) <= dense_bytes(spec_of(message)) + HEADER_BYTES + routes - 1
+    for name, message in MESSAGES.items():
+        payload, _ = codec.encode(message, {}, CONTEXT)
+        decoded, _ = codec.decode(payload, spec_of(message), {}, CONTEXT)
+        assert spec_of(decoded) == spec_of(message), name
+        assert len(payload) <= dense_bytes(spec_of(message)) + HEADER_BYTES + routes - 1, name
 
 
-@table
-def test_zeros_decode_to_zeros(row: Row) -> None:
-    assert squared(round_trip(parse(row.text), MESSAGES["zeros"])) == 0
+def test_zeros_decode_to_zeros() -> None:
+    for row in ROWS:
+        assert squared(round_trip(parse(row.text), MESSAGES["zeros"])) == 0, row.text
 
 
 @table
@@ -178,9 +214,10 @@ def test_same_seed_same_bytes_on_any_number_of_threads(row: Row) -> None:
 
 
 @rows("unbiased")
-@pytest.mark.parametrize("width", [1, 5, 100, 700])
-def test_unbiased_codecs_are(row: Row, width: int) -> None:
-    codec, seeds = parse(row.text), 150
+@pytest.mark.parametrize(("width", "seeds", "most"), [(1, 60, 9), (5, 60, 9), (100, 25, 2.5), (700, 16, 2)])
+def test_unbiased_codecs_are(row: Row, width: int, seeds: int, most: float) -> None:
+    """The mean error is one of ``seeds`` draws' size, by so much less in doubt as values are many."""
+    codec = parse(row.text)
     x = {"a": normal(width, seed=1)}
     total, error = torch.zeros(width, dtype=torch.float64), 0.0
     for seed in range(seeds):
@@ -188,7 +225,7 @@ def test_unbiased_codecs_are(row: Row, width: int) -> None:
         total += decoded["a"].double()
         error += squared(difference(decoded, x)) / squared(x) / seeds
     bias = squared({"a": total / seeds - x["a"]}) / squared(x)
-    assert math.sqrt(bias) <= 3 * math.sqrt(error / seeds) + 1e-6
+    assert bias <= most * error / seeds + 1e-12
 
 
 @rows("linear")
@@ -213,9 +250,10 @@ def test_contractions_are(row: Row) -> None:
     errors = {}
     for name, x in inputs.items():
         trials = [
-            difference(round_trip(codec, {"a": x}, CodecContext(seed=seed)), {"a": x}) for seed in range(10)
+            difference(round_trip(codec, {"a": x}, CodecContext(seed=seed)), {"a": x})
+            for seed in seeds_for(codec, 10)
         ]
-        errors[name] = sum(squared(trial) for trial in trials) / 10 / squared({"a": x})
+        errors[name] = sum(squared(trial) for trial in trials) / len(trials) / squared({"a": x})
     assert max(errors.values()) <= 1 + 1e-6, errors
 
 
@@ -224,7 +262,7 @@ def test_feedback_telescopes(row: Row) -> None:
     codec = parse(row.text)
     codec = codec if codec.stateful else parse(f"error_feedback({codec})")
     state, seen, wanted = {}, {}, {}
-    shapes = {"a": (60, 50), "b": (33,), "c": ()}
+    shapes = {"a": (25, 20), "b": (33,), "c": ()}
     there: Tensors = {}
     for round in range(12):
         context = CodecContext(seed=5, path=("up", round, 0), progress=round / 12)
@@ -253,19 +291,18 @@ def test_ef21_converges_to_a_constant_input() -> None:
     assert squared(difference(decoded, x)) < 1e-6 * squared(x)
 
 
-@table
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_named(row: Row, value: float) -> None:
-    bad = normal(20, 20)
-    bad[3, 4] = value
-    with pytest.raises(CodecError, match=r"cannot encode layer\.1 with NaN or infinite values"):
-        parse(row.text).encode({"layer.0": normal(3), "layer.1": bad}, {}, CONTEXT)
+def test_values_that_are_not_finite_are_named() -> None:
+    for row, value in itertools.product(ROWS, (math.nan, math.inf, -math.inf)):
+        codec, bad = parse(row.text), normal(20, 20)
+        bad[3, 4] = value
+        with pytest.raises(CodecError, match=r"cannot encode layer\.1 with NaN or infinite values"):
+            codec.encode({"layer.0": normal(3), "layer.1": bad}, {}, CONTEXT)
 
 
-@table
-def test_integers_are_refused(row: Row) -> None:
-    with pytest.raises(CodecError, match=r"a: it holds torch\.int64, updates are floats"):
-        parse(row.text).encode({"a": torch.arange(5)}, {}, CONTEXT)
+def test_integers_are_refused() -> None:
+    for row in ROWS:
+        with pytest.raises(CodecError, match=r"a: it holds torch\.int64, updates are floats"):
+            parse(row.text).encode({"a": torch.arange(5)}, {}, CONTEXT)
 
 
 @table
@@ -328,5 +365,8 @@ def test_routes_go_where_they_say() -> None:
     assert torch.equal(decoded["head.w"], message["head.w"])
     assert torch.linalg.matrix_rank(decoded["m"]) == 1
     assert decoded["v"].abs().unique().numel() == 1
-    with pytest.raises(CodecError, match=r"no tensor is left that fits '\*head\*'"):
-        codec.encode({"m": normal(4, 4)}, {}, CONTEXT)
+    assert not codec.misfit(spec_of(message))
+    assert "no tensor is left that fits '*head*'; updates hold m" in codec.misfit(
+        spec_of({"m": normal(4, 4)})
+    )
+    round_trip(codec, {"v": normal(1)})  # one message may hold fewer than a run's do

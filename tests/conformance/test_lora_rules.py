@@ -11,17 +11,18 @@ import torch
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, ModelError
-from fedllm.lora import Factors, leading, pairs, stack, truncate
 from fedllm.tensors import Tensors, fingerprint
 from simulations.bench import aggregation
 from strategies.base import Exchange, Reply, State
-from strategies.lora import Lora, Options
-from strategies.workshop import Workshop
-from tests.conformance.federation import ask, commit, federate, logits, reply_of, start, workshop
+from strategies.lora.factors import Factors, leading, pairs, stack, truncate
+from strategies.lora.method import Lora, Options
+from strategies.session import Session
+from tests.conformance.federation import ask, commit, federate, logits, reply_of, session_for, start
+from tests.parts import quick
 
 RANK = 4
 SHAPES = {"tall": (28, 12), "wide": (10, 30), "square": (20, 20)}
-EXACT = ("ffa", "alternate", "stack", "residual")
+EXACT = ("ffa", "alternate", "stack", "residual", "fed-sb")
 COHORTS = {
     "two of many": {3: 5, 8: 1},
     "five, unequal": {0: 11, 1: 3, 4: 40, 6: 7, 9: 1},
@@ -45,6 +46,8 @@ def global_tensors(method: Lora, *, b: float = 1.0) -> Tensors:
         tensors[f"{layer}.lora_B.default.weight"] = normal((m, RANK), i, 0) * b
         if method.rule != "ffa":
             tensors[f"{layer}.lora_A.default.weight"] = normal((RANK, n), i, 1)
+        if method.rule == "fed-sb":
+            tensors[f"{layer}.middle.default"] = normal((RANK, RANK), i, 2)
         if method.rule in ("stack", "residual"):
             zero = method._bounded(Factors(torch.zeros(m, 1), torch.zeros(1, n)))
             tensors |= {f"{layer}.base_B": zero.b.float(), f"{layer}.base_A": zero.a.float()}
@@ -61,7 +64,9 @@ def products(tensors: Tensors) -> dict[str, torch.Tensor]:
     for i, (layer, (_, n)) in enumerate(SHAPES.items()):
         a = tensors.get(f"{layer}.lora_A.default.weight", frozen_a(i, n))
         a, b = a.double(), tensors[f"{layer}.lora_B.default.weight"].double()
-        found[layer] = b @ a[: b.shape[1]]
+        found[layer] = (
+            b @ tensors.get(f"{layer}.middle.default", torch.eye(b.shape[1])).double() @ a[: b.shape[1]]
+        )
         if f"{layer}.base_B" in tensors:
             found[layer] += tensors[f"{layer}.base_B"].double() @ tensors[f"{layer}.base_A"].double()
     return found
@@ -83,9 +88,11 @@ def one_round(method: Lora, state: State, cohort: dict[int, int]) -> tuple[State
         held = view | {name: view[name] + c for name, c in change.items()}
         for layer, product in products(held).items():
             dense[layer] += product * (examples / sum(cohort.values()))
-    after, memory = method.step(state, acc)
-    assert isinstance(after, dict)
-    return State(state.version + 1, after, memory), dense
+    step = method.step(state, acc)
+    after = step.proposal
+    if not isinstance(after, dict):
+        after = method.replay(state.tensors, after.record)
+    return State(state.version + 1, after, step.memory), dense
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -169,7 +176,7 @@ def test_hetero_weighs_padded_factors_by_the_norm_of_their_product() -> None:
             padded = np.pad(held[0], ((0, 0), (0, missing))), np.pad(held[1], ((0, missing), (0, 0)))
             entry = sums.setdefault(layer, [0.0, 0.0, 0.0])
             sums[layer] = [entry[0] + weight * padded[0], entry[1] + weight * padded[1], entry[2] + weight]
-    after, _ = method.step(state, acc)
+    after = method.step(state, acc).proposal
     assert isinstance(after, dict)
     for layer, (b, a) in pairs(after).items():
         np.testing.assert_allclose(after[b].numpy(), sums[layer][0] / sums[layer][2], rtol=1e-5, atol=1e-6)
@@ -181,7 +188,7 @@ def test_hetero_of_adapters_that_do_nothing_keeps_them() -> None:
     state = State(0, global_tensors(method, b=0.0))
     still = {name: torch.zeros_like(t) for name, t in state.tensors.items()}
     acc = method.fold(method.begin(state, 1), "fit", Reply(0, still, 4, {}))
-    after, _ = method.step(state, acc)
+    after = method.step(state, acc).proposal
     assert isinstance(after, dict)
     assert all(torch.equal(after[name], t) for name, t in state.tensors.items())
 
@@ -218,7 +225,7 @@ def test_svd_does_not_collapse_to_the_smallest_rank() -> None:
             acc = method.fold(
                 acc, "fit", Reply(node, {n: torch.zeros_like(t) for n, t in view.items()}, 1, {})
             )
-        after, _ = method.step(state, acc)
+        after = method.step(state, acc).proposal
         assert isinstance(after, dict)
         state = State(state.version + 1, after)
         naive = {
@@ -271,6 +278,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "adam": ({"options": {"rule": "svd"}, "server": {"optimizer": "adam"}}, 'svd.*"adam"'),
     "server rate": ({"options": {"rule": "residual"}, "server": {"learning_rate": 0.5}}, r"residual.*0\.5"),
     "feedback": ({"options": {"rule": "stack"}, "codec": {"up": "error_feedback(sign)"}}, "stack.*codec.up"),
+    "ef21": (
+        {"options": {"rule": "svd"}, "codec": {"up": "ef21(top_k(fraction=0.1))"}},
+        "svd.*codec.up.*ef21",
+    ),
     "feedback down": (
         {"options": {"rule": "hetero"}, "codec": {"down": "error_feedback(sign)"}},
         "codec.down",
@@ -287,6 +298,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mixed downlink": (
         {"options": {"rule": "svd", "ranks": [4] * 10}, "codec": {"down": "sign"}},
         "codec.down",
+    ),
+    "mixed fed-sb": ({"options": {"rule": "fed-sb", "ranks": [4] * 10}}, "one rank for all"),
+    "fed-sb and a server's optimiser": (
+        {"options": {"rule": "fed-sb"}, "server": {"optimizer": "adam"}},
+        "fed-sb.*server.optimizer",
+    ),
+    "fed-sb and a compressed downlink": (
+        {"options": {"rule": "fed-sb"}, "codec": {"down": "sign"}},
+        "codec.down",
+    ),
+    "fed-sb and a start of one's own": (
+        {"options": {"rule": "fed-sb"}, "tuning": {"options": {"init_lora_weights": "pissa"}}},
+        "fed-sb.*init_lora_weights = 'pissa'",
     ),
     "too few ranks": ({"options": {"rule": "svd", "ranks": [4, 2]}}, "lists 2 clients, clients = 10"),
     "too few memories": ({"options": {"rule": "svd", "memory_mb": [4.0]}}, "memory_mb lists 1"),
@@ -323,7 +347,8 @@ def test_contradictory_options_are_refused(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rule", ["fedit", "ffa", "residual"])
 def test_feedback_is_allowed_where_the_basis_stays(rule: str) -> None:
-    lora(rule, codec={"up": "error_feedback(sign)", "down": "error_feedback(sign)"})
+    method = lora(rule, codec={"up": "error_feedback(sign)", "down": "error_feedback(sign)"})
+    assert (method.options.rule, method.config.codec.up) == (rule, "error_feedback(sign)")
 
 
 # ---- real layers ----
@@ -353,43 +378,46 @@ LAYERS = {
 
 @pytest.fixture(scope="module")
 def opened(tiny_encoder: Path, tiny_gpt2: Path, tiny_texts: Path) -> Any:
-    def build(rule: str, layers: str, **options: Any) -> Workshop:
+    def build(rule: str, layers: str, **options: Any) -> Session:
         conv = layers == "Conv1D"
         tuning = {"rank": RANK, "alpha": 12.0, **LAYERS[layers]}
         model = {"name": str(tiny_gpt2), "task": "causal"} if conv else {"name": str(tiny_encoder)}
-        shop = workshop(
+        session = session_for(
             tiny_encoder, tiny_texts, "lora", tuning=tuning, model=model, options={"rule": rule, **options}
         )
-        start(shop)
-        return shop
+        start(session)
+        return session
 
     return build
 
 
-def merged_by_hand(shop: Workshop, changes: dict[str, torch.Tensor], silent: Tensors) -> torch.Tensor:
+def merged_by_hand(session: Session, changes: dict[str, torch.Tensor], silent: Tensors) -> torch.Tensor:
     """Logits of the plain model whose weights are W + change, adapters and base at zero."""
-    shop.method.load(shop.model, silent)
+    session.method.load(session.model, silent)
     before = {}
     for layer, change in changes.items():
-        module: Any = shop.model.module.get_submodule(layer)
+        module: Any = session.model.module.get_submodule(layer)
         weight = module.base_layer.weight
         before[weight] = weight.detach().clone()
         transposed = type(module.base_layer).__name__ == "Conv1D"
         weight.data += (change.T if transposed else change).float()
     try:
-        return logits(shop)
+        return logits(session)
     finally:
         for weight, value in before.items():
             weight.data.copy_(value)
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("rule", ["stack", "residual", "alternate"])
+SUMS = [(rule, layers) for rule in ("stack", "residual", "alternate") for layers in LAYERS]
+SAVED = [(rule, layers) for rule in ("fedit", "ffa", "stack", "residual", "fed-sb") for layers in LAYERS]
+
+
+@pytest.mark.parametrize(("rule", "layers"), quick(SUMS, SUMS[0], SUMS[-1]))
 def test_layers_compute_with_the_dense_sum(rule: str, layers: str, opened: Any) -> None:
-    shop = opened(rule, layers)
-    state = federate(shop, start(shop), 2, (0, 1))
-    exchange = shop.method.plan(state, shop.method.begin(state, 3))
-    answers = {node: ask(shop, state, exchange, node, 3) for node in (0, 3)}
+    session = opened(rule, layers)
+    state = federate(session, start(session), 2, (0, 1))
+    exchange = session.method.plan(state, session.method.begin(state, 3))
+    answers = {node: ask(session, state, exchange, node, 3) for node in (0, 3)}
     scale = 12.0 / RANK**0.5 if layers == "rslora" else 12.0 / RANK
     total = sum(answer.examples for answer in answers.values())
     changes: dict[str, Any] = {}
@@ -402,37 +430,36 @@ def test_layers_compute_with_the_dense_sum(rule: str, layers: str, opened: Any) 
                 base = state.tensors[f"{layer}.base_B"], state.tensors[f"{layer}.base_A"]
                 product = product + base[0].double() @ base[1].double()
             changes[layer] += scale * product * answer.examples / total
-    after = commit(shop, state, 3, "fit", [reply_of(answer, node) for node, answer in answers.items()])
-    found = logits(shop, after.tensors)
+    after = commit(session, state, 3, "fit", [reply_of(answer, node) for node, answer in answers.items()])
+    found = logits(session, after.tensors)
     silent = {n: t if n.startswith("head") else torch.zeros_like(t) for n, t in after.tensors.items()}
-    torch.testing.assert_close(found, merged_by_hand(shop, changes, silent), rtol=1e-4, atol=1e-5)
-    assert (found - logits(shop, silent)).abs().max() > 1e-2
+    torch.testing.assert_close(found, merged_by_hand(session, changes, silent), rtol=1e-4, atol=1e-5)
+    assert (found - logits(session, silent)).abs().max() > 1e-2
 
 
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing.:FutureWarning"
 )  # between peft and transformers
-@pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("rule", ["fedit", "ffa", "stack", "residual"])
+@pytest.mark.parametrize(("rule", "layers"), quick(SAVED, SAVED[0], ("fed-sb", "Conv1D")))
 def test_saved_adapter_is_true_on_the_plain_base_model(
     rule: str, layers: str, opened: Any, tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModel, AutoModelForCausalLM
 
-    shop = opened(rule, layers)
-    state = federate(shop, start(shop), 2, (0, 1, 2))
-    batch = shop.test_tokens.batch(range(8))
-    shop.method.load(shop.model, state.tensors)
-    shop.model.module.eval()
+    session = opened(rule, layers)
+    state = federate(session, start(session), 2, (0, 1, 2))
+    batch = session.test_tokens.batch(range(8))
+    session.method.load(session.model, state.tensors)
+    session.model.module.eval()
     with torch.no_grad():
-        wanted = shop.model.forward(batch, hidden_states=True).hidden_states
-    shop.method.save(shop.model, state.tensors, tmp_path)
-    shop.model.module.train()
-    assert fingerprint(shop.method.initial(shop.model)) == fingerprint(state.tensors)
+        wanted = session.model.forward(batch, hidden_states=True).hidden_states
+    session.method.save(session.model, state.tensors, tmp_path)
+    session.model.module.train()
+    assert fingerprint(session.method.initial(session.model)) == fingerprint(state.tensors)
     kind = AutoModelForCausalLM if layers == "Conv1D" else AutoModel
     plain = PeftModel.from_pretrained(
-        kind.from_pretrained(shop.config.model.name), tmp_path / "adapter"
+        kind.from_pretrained(session.config.model.name), tmp_path / "adapter"
     ).eval()
     with torch.no_grad():
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -441,52 +468,53 @@ def test_saved_adapter_is_true_on_the_plain_base_model(
     torch.testing.assert_close(found[-1], wanted[-1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_small_device_holds_a_small_adapter_and_the_next_one_a_large(opened: Any) -> None:
-    shop = opened("svd", "Linear", ranks=[1, 4, 2, 3])
-    state = federate(shop, start(shop), 2, (0, 1, 2, 3))
-    exchange = shop.method.plan(state, shop.method.begin(state, 3))
+    session = opened("svd", "Linear", ranks=[1, 4, 2, 3])
+    state = federate(session, start(session), 2, (0, 1, 2, 3))
+    exchange = session.method.plan(state, session.method.begin(state, 3))
     for node, rank in ((0, 1), (1, 4), (2, 2)):
-        answer = ask(shop, state, exchange, node, 3)
-        held = [p.shape[0] for n, p in shop.model.trainable().items() if "lora_A" in n]
+        answer = ask(session, state, exchange, node, 3)
+        held = [p.shape[0] for n, p in session.model.trainable().items() if "lora_A" in n]
         assert set(held) == {rank}
         assert {t.shape[0] for n, t in answer.tensors.items() if "lora_A" in n} == {rank}
-    assert logits(shop, state.tensors).isfinite().all()
+    assert logits(session, state.tensors).isfinite().all()
 
 
 def test_ffa_freezes_a_after_it_is_attached(opened: Any) -> None:
-    shop, free = opened("ffa", "Linear"), opened("fedit", "Linear")
-    assert not any("lora_A" in name for name in shop.initial)
-    frozen = {n: p for n, p in shop.model.module.named_parameters() if "lora_A" in n}
+    session, free = opened("ffa", "Linear"), opened("fedit", "Linear")
+    assert not any("lora_A" in name for name in session.initial)
+    frozen = {n: p for n, p in session.model.module.named_parameters() if "lora_A" in n}
     before = {n: p.detach().clone() for n, p in frozen.items()}
     assert all(torch.equal(value, free.initial[name]) for name, value in before.items())
     assert all(value.abs().max() > 0 for value in before.values())
-    federate(shop, start(shop), 1, (0, 1))
+    federate(session, start(session), 1, (0, 1))
     assert all(torch.equal(p, before[n]) for n, p in frozen.items())
 
 
 def test_stack_starts_each_round_afresh_and_alike_everywhere(opened: Any) -> None:
-    shop = opened("stack", "Linear")
-    one = federate(shop, start(shop), 1, (0, 1))
-    two = federate(shop, one, 1, (2, 3), first=2)
+    session = opened("stack", "Linear")
+    one = federate(session, start(session), 1, (0, 1))
+    two = federate(session, one, 1, (2, 3), first=2)
     for b, a in pairs(one.tensors).values():
         assert not one.tensors[b].any()
         assert not torch.equal(one.tensors[a], two.tensors[a])
         assert one.tensors[a].abs().max() <= one.tensors[a].shape[1] ** -0.5
-    assert all(
-        torch.equal(federate(shop, start(shop), 1, (1, 0)).tensors[n], t) for n, t in one.tensors.items()
-    )
+    again = federate(session, start(session), 1, (1, 0))
+    assert all(torch.equal(again.tensors[n], t) for n, t in one.tensors.items())
 
 
 def test_embeddings_cannot_carry_a_base(tiny_encoder: Path, tiny_texts: Path) -> None:
     tuning = {"rank": 2, "targets": ("word_embeddings",)}
     for rule in ("stack", "residual"):
-        shop = workshop(tiny_encoder, tiny_texts, "lora", tuning=tuning, options={"rule": rule})
+        session = session_for(tiny_encoder, tiny_texts, "lora", tuning=tuning, options={"rule": rule})
         with pytest.raises(ModelError, match="word_embeddings"):
-            start(shop)
-    shop = workshop(tiny_encoder, tiny_texts, "lora", tuning=tuning, options={"rule": "svd"})
-    assert logits(shop, federate(shop, start(shop), 1, (0, 1)).tensors).isfinite().all()
+            start(session)
+    session = session_for(tiny_encoder, tiny_texts, "lora", tuning=tuning, options={"rule": "svd"})
+    assert logits(session, federate(session, start(session), 1, (0, 1)).tensors).isfinite().all()
 
 
+@pytest.mark.slow
 def test_server_memory_stays_flat_or_bounded_by_one_dense_matrix() -> None:
     held = aggregation.memory(size=128, layers=1, rank=4)
     assert held["fedit"]["growth_payloads"] <= 0.05
@@ -496,6 +524,7 @@ def test_server_memory_stays_flat_or_bounded_by_one_dense_matrix() -> None:
     )
 
 
+@pytest.mark.slow
 def test_benchmark_reports_what_these_tests_assert() -> None:
     errors = {rule: row["relative_error"] for rule, row in aggregation.exactness(clients=3, rounds=1).items()}
     assert errors.pop("fedit") > 1e-3

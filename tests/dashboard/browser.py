@@ -1,11 +1,10 @@
-"""A dashboard as a process of its own, and Debian's chromium to look at it."""
+"""A dashboard as a process of its own, and a browser to look at it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +15,11 @@ from pathlib import Path
 import httpx
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from server.dashboard.access import Accounts
+from server.dashboard.door.access import Accounts
+from tests.dashboard.chromium import require
+from tests.processes import free_port
 
-__all__ = ["Served", "chromium", "free_port", "log_in", "serve"]
+__all__ = ["Served", "chromium", "log_in", "serve"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Served:
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     """Start a browser without a window; ends with the block."""
+    program = require()
     arguments = ["--no-sandbox", "--disable-gpu"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
+        browser = playwright.chromium.launch(executable_path=program, args=arguments)
         yield browser
         browser.close()
 
@@ -58,19 +60,11 @@ def serve(root: Path) -> Iterator[Served]:
         yield Served(url, root, operator, viewer)
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
-
-
-def free_port() -> int:
-    """Find a TCP port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+        process.wait(timeout=240)
 
 
 def _await(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, "the dashboard ended at once"
         with contextlib.suppress(httpx.TransportError):
@@ -84,7 +78,7 @@ def log_in(browser: Browser, served: Served, name: str = "olive", **options: obj
     """Open a page and log in through the form."""
     context = browser.new_context(base_url=served.url, **options)  # type: ignore[arg-type]
     page = context.new_page()
-    page.set_default_timeout(45_000)
+    page.set_default_timeout(240_000)
     page.goto("/")
     page.get_by_label("User").fill(name)
     page.get_by_label("Password").fill(served.operator if name == "olive" else served.viewer)

@@ -1,41 +1,49 @@
-"""A desk over made-up runs, and clients of its API: an operator's and a viewer's login, a script's token."""
+"""Operations over made-up runs, and clients of its API: an operator, a viewer and a script."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import argon2
 import pytest
 from fastapi import FastAPI
-from playwright.sync_api import Browser
 
-from server.dashboard import access
+from server.dashboard.actions.operations import Operations
 from server.dashboard.app import create
-from server.dashboard.desk import Desk
-from tests.dashboard.browser import chromium
+from server.dashboard.door import access
 from tests.dashboard.client import TestClient
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 LogIn = Callable[..., TestClient]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    from tests.dashboard.browser import chromium
+
     with chromium() as found:
         yield found
 
 
-@pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    """A desk whose password hashes are as weak as they can be, for speed."""
+@pytest.fixture(autouse=True)
+def _weak_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes of passwords as weak as they can be: those that users get take a third of a second each."""
     weak = argon2.PasswordHasher.from_parameters(argon2.profiles.CHEAPEST)
     monkeypatch.setattr(argon2, "PasswordHasher", lambda: weak)
-    return Desk(tmp_path / "runs")
 
 
 @pytest.fixture
-def web(desk: Desk) -> FastAPI:
-    return create(desk)
+def ops(tmp_path: Path) -> Operations:
+    return Operations(tmp_path / "runs")
+
+
+@pytest.fixture
+def web(ops: Operations) -> FastAPI:
+    return create(ops)
 
 
 @pytest.fixture
@@ -45,12 +53,12 @@ def stranger(web: FastAPI) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def log_in(web: FastAPI, desk: Desk) -> LogIn:
+def log_in(web: FastAPI, ops: Operations) -> LogIn:
     """Return a client with a session of its own, which sends the CSRF token with everything."""
 
     def enter(name: str = "olive", role: access.Role = "operator") -> TestClient:
         client = TestClient(web, base_url="http://dash.test", follow_redirects=False)
-        password = desk.accounts.add_user(name, role)
+        password = ops.accounts.add_user(name, role)
         answer = client.post("/login", data={"user": name, "password": password})
         assert answer.status_code == 303
         client.headers["X-CSRF-Token"] = client.get("/api/session").json()["csrf"]

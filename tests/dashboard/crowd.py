@@ -8,9 +8,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from fedllm import run_database
 from fedllm.config import RunConfig
-from fedllm.store import Entry, NodeRound, Round, RunStore
+from fedllm.runs import database
+from fedllm.runs.ledger import Entry
+from fedllm.runs.records import NodeRound, RoundRecord
+from fedllm.runs.writer import RunStore
 
 __all__ = ["copies", "fill", "make"]
 
@@ -25,7 +27,7 @@ def make(folder: Path, rounds: int, nodes: int, *, seed: int, status: str = "fin
     config = RunConfig(name=folder.name, clients=nodes, rounds=planned, method=method, seed=seed)
     with (
         RunStore.create(folder, config, {"engine": "loopback"}),
-        run_database.connect(folder, write=True) as held,
+        database.connect(folder, write=True) as held,
     ):
         held.execute("UPDATE meta SET value = ? WHERE key = 'seconds'", (str(3.5 * rounds),))
     with RunStore.open(folder) as store:
@@ -36,7 +38,7 @@ def make(folder: Path, rounds: int, nodes: int, *, seed: int, status: str = "fin
             accuracy = 0.92 - 0.7 * math.exp(-number / (5 + seed % 9)) + pick.gauss(0, 0.008)
             rows, entries = _round(pick, number, nodes, accuracy)
             accepted = sum(row.status == "accepted" for row in rows)
-            record = Round(
+            record = RoundRecord(
                 round=number,
                 metrics={"accuracy": accuracy, "loss": 2.2 * math.exp(-number / 20) + 0.2},
                 seconds=3.0 + pick.random(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser
 
-from fedllm.store import RunStore
+from fedllm.runs.writer import RunStore
 from tests.dashboard.browser import Served, chromium, log_in, serve
 from tests.dashboard.crowd import fill, make
 

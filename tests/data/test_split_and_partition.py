@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedllm.config import DataConfig
-from fedllm.data import Corpus, hold_out, load, partition, partition_table, split
+from fedllm.config import DataConfig, RunConfig
+from fedllm.data.corpus import Corpus, hold_out, load, partition, partition_table, split
 from fedllm.errors import DataError
+from strategies.session import Session
+from tests.parts import task_of
 
 
 def corpus(counts: list[int], groups: list[str] | None = None) -> Corpus:
@@ -64,12 +68,137 @@ def test_split_refuses_a_class_seen_once() -> None:
         split(corpus([5, 1]), 0.2, 0)
 
 
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=3, max_size=12),
+    fraction=st.floats(0.1, 0.8),
+    seed=st.integers(0, 9),
+)
+def test_split_keeps_every_group_whatever_the_seed(sizes: list[int], fraction: float, seed: int) -> None:
+    owners = [f"user {k}" for k, size in enumerate(sizes) for _ in range(size)]
+    whole = Corpus([f"text {i}" for i in range(len(owners))], None, (), owners)
+    if max(sizes) == 1:
+        with pytest.raises(DataError, match="leaves none to test on"):
+            split(whole, fraction, seed)
+        return
+    train, test = split(whole, fraction, seed)
+    assert sorted(train.texts + test.texts) == sorted(whole.texts)
+    assert train.groups is not None
+    assert test.groups is not None
+    assert set(train.groups) == set(owners)
+    for k, size in enumerate(sizes):
+        assert test.groups.count(f"user {k}") <= min(np.ceil(size * fraction), size - 1)
+
+
+def test_split_of_groups_still_holds_out_of_every_class() -> None:
+    whole = corpus([40, 20], [f"user {i % 6}" for i in range(60)])
+    test = split(whole, 0.25, 1)[1]
+    assert np.bincount(test.labels).tolist() == [10, 5]
+
+
+def test_another_share_than_was_asked_for_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert len(split(corpus([2] * 20), 0.2, 0)[1]) == 20
+    assert "0.2 of 40 texts would hold out 8, but small classes, groups or copies make it 20" in caplog.text
+
+
+def test_copies_that_leave_nothing_to_test_are_named() -> None:
+    same = Corpus(["one text"] * 20, np.zeros(20, dtype=np.int64), ("a",), None)
+    with pytest.raises(DataError, match=r"0\.2 of 20 texts \(1 of them differ\) leaves none"):
+        split(same, 0.2, 0)
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> str:
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    return str(path)
+
+
+def test_a_test_set_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is scored by the training texts' classes, whichever it holds, and nothing else is held out."""
+    rows = [(f"text {i}", "abc"[i % 3]) for i in range(30)]
+    settings = {
+        "path": write(tmp_path / "train.jsonl", rows),
+        "test_path": write(tmp_path / "test.jsonl", [("new", "c"), ("text 4", "b")]),
+    }
+    session = Session(RunConfig.model_validate({"clients": 2, "data": settings}))
+    with caplog.at_level(logging.WARNING):
+        train, test = session.split
+    assert train.texts == [text for text, _ in rows]
+    assert test.labels is not None
+    assert (test.texts, test.labels.tolist(), test.label_names) == (
+        ["new", "text 4"],
+        [2, 1],
+        ("a", "b", "c"),
+    )
+    assert sorted(np.concatenate(session.partition).tolist()) == list(range(30))
+    assert "1 texts of data.test_path are among the training texts too" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [([("t", "z")], "label 'z' is none of the federation's classes: a, b"), (None, "does not exist")],
+)
+def test_a_test_set_that_does_not_fit_says_that_it_is_the_test_set(
+    rows: list[tuple[str, str]] | None, words: str, tmp_path: Path
+) -> None:
+    settings = {"path": write(tmp_path / "train.jsonl", [("t", "a"), ("u", "b")])}
+    settings["test_path"] = write(tmp_path / "test.jsonl", rows) if rows else str(tmp_path / "none.jsonl")
+    session = Session(RunConfig.model_validate({"clients": 1, "data": settings}))
+    with pytest.raises(DataError, match=f"data.test_path: .*{words}"):
+        session.prepare()
+
+
 def test_hold_out_is_disjoint_and_leaves_something_to_train() -> None:
     part = np.arange(20, 30)
     train, test = hold_out(part, 0.3, 0, 1)
     assert sorted([*train, *test]) == part.tolist()
     assert len(test) == 3
     assert len(hold_out(np.array([4]), 0.9, 0, 1)[0]) == 1
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=8, max_size=40), st.integers(0, 3))
+def test_what_belongs_together_is_held_out_together(owners: list[str], seed: int) -> None:
+    assume(len(set(owners)) > 1)
+    part = np.arange(100, 100 + len(owners))
+    largest = max(owners.count(owner) for owner in owners) / len(owners)
+    train, test = hold_out(part, largest, seed, 1, owners)
+    assert sorted([*train, *test]) == part.tolist()
+    assert 0 < len(test) <= round(largest * len(owners))
+    assert not {owners[k - 100] for k in train} & {owners[k - 100] for k in test}
+
+
+def test_what_belongs_together_may_be_too_much_to_hold_out() -> None:
+    with pytest.raises(DataError, match=r"client 7 has 4 texts and none .*\(data\.group\).* = 0\.5 of them"):
+        hold_out(np.arange(4), 0.5, 0, 7, ["a", "a", "a", "a"])
+    assert hold_out(np.arange(4), 0.0, 0, 7, ["a", "a", "a", "a"])[1].tolist() == []
+
+
+def test_both_splits_keep_what_belongs_together(tmp_path: Path, tiny_encoder: Path) -> None:
+    """The texts of a story have as many words as its number says, by which their tokens are known."""
+    fruit = ["pear", "plum", "melon", "grape"]
+    rows = [
+        {"text": "apple " * (k // 4) + fruit[k % 4], "label": "xy"[k % 2], "story": k // 4} for k in range(80)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = {"path": str(file), "group": "story", "client_test_fraction": 0.4}
+    run = {"clients": 2, "data": where, "model": {"name": str(tiny_encoder)}}
+    session = Session(RunConfig.model_validate(run))
+    train, test = ({len(text.split()) for text in side.texts} for side in session.split)
+    assert len(test) == 4
+    assert not train & test
+    kept, held = ({int(length) - 2 for length in tokens.lengths} for tokens in session.client_tokens(1))
+    assert held
+    assert not kept & held
+    assert kept | held <= train
+
+
+def test_a_row_that_belongs_to_nothing_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "t", "label": "x", "story": null}\n')
+    with pytest.raises(
+        DataError, match=r"line 1: column 'story' \(data.group\) must say what the row belongs"
+    ):
+        load(DataConfig(path=str(file), group="story"), task_of("classification"))
 
 
 def config(**settings: Any) -> DataConfig:
@@ -185,17 +314,18 @@ def test_table_counts_by_client_and_class() -> None:
 
 
 def test_bbc_split_holds_out_445_articles_and_no_copy() -> None:
-    train, test = split(load(DataConfig(), "classification"), 0.2, 0)
+    train, test = split(load(DataConfig(), task_of("classification")), 0.2, 0)
     assert (len(train), len(test)) == (1780, 445)
     assert not set(train.texts) & set(test.texts)
 
 
 def test_iid_on_bundled_text_imports_no_slow_library() -> None:
     program = (
-        "import sys; from fedllm.config import DataConfig; from fedllm.data import load, partition, split;"
-        "train, _ = split(load(DataConfig(), 'classification'), 0.2, 0);"
+        "import sys; from fedllm import tasks; from fedllm.config import DataConfig, RunConfig;"
+        "from fedllm.data.corpus import load, partition, split;"
+        "train, _ = split(load(DataConfig(), tasks.of(RunConfig())), 0.2, 0);"
         "partition(train, DataConfig(), 10, 0);"
-        "slow = {'datasets', 'pandas', 'pyarrow', 'flwr_datasets', 'transformers'};"
+        "slow = {'torch', 'datasets', 'pandas', 'pyarrow', 'flwr_datasets', 'transformers'};"
         "print(sorted(slow & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

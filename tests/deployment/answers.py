@@ -13,10 +13,10 @@ from unittest import mock
 
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedllm import wire
 from fedllm.codecs.base import _HEADER, VERSION, _checksum
 from fedllm.config import RunConfig
 from fedllm.errors import DataError
+from fedllm.protocol import wire
 
 MOMENT_SECONDS = 1.0
 BEHAVIOUR, WORKING = "behaviour", "working"

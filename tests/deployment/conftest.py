@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from client.checks import Bundle
-from fedllm.processes import Child, open_log
-from server.control import Control, Run
-from server.provision import provision
-from server.submit import bundle_of
+from client.device.bundle import Bundle
+from fedllm.host.processes import Child, open_log
+from server.federation.control import Control, Run
+from server.federation.provision import provision
+from server.federation.submit import bundle_of
+from tests.processes import free_port, until
 
 IDLE = "simulations.bench.deployed.idle"
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+LAST_WORDS = 2000
+"""Characters."""
 
 
-def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait for a condition; fail the test where it does not come true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not true after {seconds} s")
-        time.sleep(0.1)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Function, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show how the logs of a failed test's processes end: its folder may be gone before anybody looks."""
+    report = yield
+    folder: Any = item.funcargs.get("tmp_path")
+    if report.failed and folder is not None:
+        for log in sorted(folder.rglob("*.log")):
+            words = log.read_text(encoding="utf-8", errors="replace")[-LAST_WORDS:]
+            report.sections.append((f"end of {log.relative_to(folder)}", words))
+    return report
 
 
-def supernode(bundle: Bundle, folder: Path, *, insecure: bool = False) -> Child:
-    """Start a bare SuperNode, without a worker beside it."""
-    command = [sys.executable, "-m", "client.supernode", "--superlink", bundle.server]
+def supernode(
+    bundle: Bundle, folder: Path, *, insecure: bool = False, app: str = f"{IDLE}_client:app"
+) -> Child:
+    """Start a bare SuperNode, without a worker beside it, that runs one installed app."""
+    command = [sys.executable, "-m", "client.device.supernode", "--superlink", bundle.server]
     keys = ["--root-certificates", str(bundle.authority), "--auth-supernode-private-key", str(bundle.key)]
     command += ["--insecure"] if insecure else keys
     command += ["--node-config", f"partition-id={bundle.node}", "--port", str(free_port())]
+    command += ["--app", app]
     environment = {
         "FLWR_HOME": str(folder / f"home-{bundle.node}"),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -64,7 +69,7 @@ def idle_run(control: Control, nodes: int, rounds: int = 1) -> Run:
     """Run the do-nothing app to its end."""
     config = {"rounds": rounds, "clients": nodes, "out": ""}
     number = control.start(bundle_of(f"{IDLE}_server:app", f"{IDLE}_client:app", config), config)
-    until(lambda: control.run(number).status == "finished", 120.0)
+    until(lambda: control.run(number).status == "finished")
     return control.run(number)
 
 

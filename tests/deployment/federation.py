@@ -14,19 +14,18 @@ from typing import Any
 import psutil
 from flwr.app import Message
 
-from client.checks import Bundle
-from fedllm import wire
+from client.device.bundle import Bundle
 from fedllm.config import RunConfig
-from fedllm.processes import Child, open_log
-from fedllm.run_database import FILE
-from fedllm.runs import NodeRound
-from fedllm.runs import Run as StoredRun
-from server.link import Link, open_link
-from server.provision import provision
-from server.submit import Submitted, follow, numbers, submit
+from fedllm.host.processes import Child, open_log
+from fedllm.protocol import wire
+from fedllm.runs.reader import Run as StoredRun
+from fedllm.runs.records import FILE, NodeRound
+from server.federation.link import Link, open_link
+from server.federation.provision import provision
+from server.federation.submit import Submitted, follow, numbers, submit
 from tests.deployment.answers import BEHAVIOUR, WORKING
-from tests.deployment.conftest import free_port, until
 from tests.deployment.unlucky import LOST, start_device
+from tests.processes import free_port, until
 from tests.rounds.federation import run as simulate
 
 EVERYONE: dict[str, Any] = {"sample": 3, "quorum": 3, "deadline_s": 300.0, "retries": 9}
@@ -55,6 +54,7 @@ class Federation:
         data: Path | None = None,
         ahead: float = 0.0,
         namespace: str = "",
+        idle: float = 0.0,
         wait: bool = True,
     ) -> None:
         """Start devices and wait until the SuperLink sees them.
@@ -64,22 +64,29 @@ class Federation:
             data: their own texts.
             ahead: seconds by which their clocks are ahead.
             namespace: network namespace in which they live.
+            idle: seconds without work after which their workers end; 0 is never.
             wait: whether they are expected to get in.
         """
         for node in nodes:
             log = open_log(self.folder / f"device-{node}.log")
             self.devices[node] = start_device(
-                self.bundles[node], self.state(node), log, data=data, ahead=ahead, namespace=namespace
+                self.bundles[node],
+                self.state(node),
+                log,
+                data=data,
+                ahead=ahead,
+                namespace=namespace,
+                idle=idle,
             )
         if wait:
-            until(lambda: {f"node-{node}" for node in nodes} <= self.online(), 120)
+            until(lambda: {f"node-{node}" for node in nodes} <= self.online())
 
     def warm_up(self, encoder: Path, texts: Path) -> None:
         """Let every worker load what it needs, and see how fast this machine is just now."""
         config = configuration(encoder, texts, name="warm", rounds=2, server={"deadline_s": 600.0})
         run = self.submit(config)
         self.finish(run)
-        self.deadline_s = 5.0 + 4 * StoredRun(run.folder).rounds()[-1].seconds
+        self.deadline_s = 10.0 + 8 * StoredRun(run.folder).rounds()[-1].seconds
 
     def ask(self, behaviour: str, *nodes: int) -> None:
         """Have devices answer so from now on; see ``tests.deployment.answers``."""
@@ -159,7 +166,7 @@ class Federation:
         stored = StoredRun(run.folder)
         stored.post_command("pause", "test")
         meanwhile()
-        until(lambda: stored.phase.get("name") == "paused", 300)
+        until(lambda: stored.phase.get("name") == "paused")
         last = stored.rounds()[-1].round
         stored.post_command("resume", "test")
         return last
@@ -199,7 +206,7 @@ def configuration(encoder: Path, texts: Path, **sections: Any) -> RunConfig:
             "model": {"name": str(encoder)},
             "data": {"path": str(texts), "max_length": 16},
             "training": {"local_steps": 2, "batch_size": 8, "learning_rate": 5e-2},
-            "server": {"sample": 2, "deadline_s": 150.0},
+            "server": {"sample": 2, "deadline_s": 600.0},
             **sections,
         }
     )

@@ -15,8 +15,8 @@ from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
-from client.checks import Bundle
-from fedllm.processes import Child
+from client.device.bundle import Bundle
+from fedllm.host.processes import Child
 
 OPTIONS = "FEDLLM_TEST_OPTIONS"
 ANSWER = "tests.deployment.answers:behave"
@@ -34,19 +34,31 @@ def start_device(
     data: Path | None = None,
     ahead: float = 0.0,
     namespace: str = "",
+    idle: float = 0.0,
 ) -> Child:
-    """Start a device, by choice in a network namespace; its clock is ``ahead`` seconds ahead."""
-    options = {"bundle": str(bundle.folder), "state": str(state), "data": data and str(data), "ahead": ahead}
+    """Start a device, by choice in a network namespace; its clock is ``ahead`` seconds ahead.
+
+    Its worker ends when there was no work for ``idle`` seconds; 0 is never, as a busy machine needs it.
+    """
+    data_path = None if data is None else str(data)
+    options = {
+        "bundle": str(bundle.folder),
+        "state": str(state),
+        "data": data_path,
+        "ahead": ahead,
+        "idle": idle,
+    }
     command = [sys.executable, "-m", "tests.deployment.unlucky"]
     if namespace:
         command = ["ip", "netns", "exec", namespace, *command]
     return Child(command, {OPTIONS: json.dumps(options)}, log)
 
 
-def device(bundle: str, state: str, data: str | None, ahead: float) -> None:
+def device(bundle: str, state: str, data: str | None, ahead: float, idle: float) -> None:
     """Take part as ``fedllm client`` does, with a worker whose answers another function gives."""
-    from client import checks, device
-    from fedllm import processes
+    from client.device import checks
+    from client.device import supervisor as device
+    from fedllm.host import processes
 
     class Clock(datetime):
         @classmethod
@@ -54,6 +66,7 @@ def device(bundle: str, state: str, data: str | None, ahead: float) -> None:
             return datetime.now(tz) + timedelta(seconds=ahead)
 
     vars(checks)["datetime"] = Clock
+    device.try_network = lambda bundle, insecure: list(checks.check_network(bundle, insecure=insecure))
 
     worker, supernode = device._worker_command, device._supernode_command
 
@@ -63,7 +76,9 @@ def device(bundle: str, state: str, data: str | None, ahead: float) -> None:
     processes.LONGEST_DELAY = 2.0
     device._worker_command = lambda *given: [*worker(*given), "--answer", ANSWER]
     device._supernode_command = without_luck
-    here = device.Device(Bundle.read(Path(bundle)), Path(state), data=data and Path(data), threads=1)
+    here = device.Device(
+        Bundle.read(Path(bundle)), Path(state), data=data and Path(data), threads=1, idle_unload=idle
+    )
     device.join(here, report=print, status=print)
 
 
@@ -72,7 +87,7 @@ def supernode(ahead: float) -> None:
     from flwr.supercore import heartbeat
     from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
 
-    from client.supernode import main
+    from client.device.supernode import main
 
     for module in (heartbeat, fleet_http_connection):
         vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm import data
 from fedllm.config import RunConfig
-from fedllm.data import Tokens
-from fedllm.models import Model
+from fedllm.data import corpus as data
+from fedllm.data.tokens import Tokens
+from fedllm.models.model import Model
 from fedllm.tensors import Tensors
 from strategies.base import Answer, Work
-from strategies.fedkd import FedKD
+from strategies.fedkd.method import FedKD
+from tests.parts import task_of
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +95,9 @@ def start(deep_encoder: Path, tiny_causal: Path, tiny_texts: Path) -> Start:
             }
         )
         method = FedKD(config)
-        corpus = data.load(config.data, config.model.task)
+        corpus = data.load(config.data, task_of(config.model.task))
         student = method.build(corpus.label_names)
-        tokens = data.tokenise(corpus, student.tokenizer, 16, config.model.task)
+        tokens = task_of(config.model.task).encode(corpus, student.tokenizer, 16)
         parts = data.partition(corpus, config.data, config.clients, 0)
         return Client(
             config, method, student, [tokens.subset(part) for part in parts], method.initial(student)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedllm import models
-from fedllm.data import Batch
-from fedllm.distill import Distillation, Losses
+from fedllm.data.tokens import Batch
 from fedllm.errors import ConfigError
-from fedllm.models import Model
+from fedllm.models import model as models
+from fedllm.models.model import Model
+from fedllm.models.training import descend, minibatches
 from fedllm.randomness import stream
 from fedllm.tensors import Tensors, fingerprint
-from fedllm.training import descend, minibatches
 from strategies.base import Exchange, Reply, State
+from strategies.fedkd.losses import Distillation, Losses
+from tests.conformance.federation import session_for
 from tests.distill.conftest import Client, Start
+from tests.parts import quick
 
 OFF: dict[str, Any] = {"mutual": False, "hidden": False, "attention": False}
 
@@ -106,18 +110,23 @@ def test_without_any_term_teacher_and_student_are_plainly_fine_tuned(start: Star
 
 @pytest.mark.parametrize(
     "options",
-    [
+    quick(
+        [
+            {"mutual": False},
+            {"hidden": False},
+            {"attention": False},
+            {"temperature": 2.0},
+            {"divergence": "reverse"},
+            {"literal": True},
+            {"mutual_weight": 0.5},
+            {"hidden_weight": 0.5},
+            {"ramp": 1.0},
+            {"match": "origin", "layers": (0, 1)},
+        ],
         {"mutual": False},
-        {"hidden": False},
-        {"attention": False},
-        {"temperature": 2.0},
         {"divergence": "reverse"},
-        {"literal": True},
-        {"mutual_weight": 0.5},
-        {"hidden_weight": 0.5},
-        {"ramp": 1.0},
         {"match": "origin", "layers": (0, 1)},
-    ],
+    ),
 )
 def test_every_option_of_the_loss_reaches_both_models(start: Start, options: dict[str, Any]) -> None:
     usual, other = start().fit(), start(**options).fit()
@@ -188,6 +197,7 @@ def test_one_forward_pass_of_each_model_serves_all_losses(
     assert (answer.passes.forward, answer.passes.backward) == (4.5, 4.5)
 
 
+@pytest.mark.slow
 def test_teachers_of_one_process_do_not_mix(start: Start) -> None:
     """Two clients in turn give the bits that each gives in a process of its own; nobody averages teachers."""
     shared = start()
@@ -202,6 +212,7 @@ def test_teachers_of_one_process_do_not_mix(start: Start) -> None:
     assert len(teachers) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_killed_client_goes_on_with_its_own_teacher(start: Start, tmp_path: Path, optimizer: str) -> None:
     client = start(teacher_optimizer=optimizer)
@@ -226,6 +237,16 @@ def test_moments_carry_over_between_rounds(start: Start) -> None:
     again = client.fit(local=forgotten, round=2).local
     assert fingerprint(_part(after, "teacher/")) != fingerprint(_part(again, "teacher/"))
     assert _part(start(teacher_optimizer="sgd").fit().local, "moment/") == {}
+
+
+def test_texts_of_one_token_move_nothing_and_break_nothing(start: Start) -> None:
+    """A causal batch without a token to predict has no task loss and no divergence, and both stay finite."""
+    client = start(causal=True, hidden=False, attention=False)
+    short = client.texts[0]
+    client.texts[0] = dataclasses.replace(short, lengths=np.ones_like(short.lengths))
+    answer = client.fit()
+    assert (answer.metrics["loss"], answer.metrics["teacher_loss"]) == (0.0, 0.0)
+    assert all((update == 0).all() for update in answer.tensors.values())
 
 
 def test_the_learning_rate_schedule_and_the_norm_bound_reach_the_teacher(start: Start) -> None:
@@ -270,7 +291,8 @@ def test_the_server_averages_updates_by_numbers_of_texts(start: Start) -> None:
     assert method.plan(state, acc) == Exchange("fit")
     for node, (values, examples) in enumerate((([4.0, 0.0], 1), ([0.0, 8.0], 3))):
         acc = method.fold(acc, "fit", Reply(node, {"w": torch.tensor(values)}, examples, {}))
-    proposal, memory = method.step(state, acc)
+    step = method.step(state, acc)
+    proposal, memory = step.proposal, step.memory
     assert isinstance(proposal, dict)
     assert proposal["w"].tolist() == [2.0, 8.0]
     assert memory == {}
@@ -304,3 +326,15 @@ def test_a_narrow_student_is_compared_in_its_own_coordinates(start: Start) -> No
     first = client.method._tutor.first["projection/weights.0"]
     torch.testing.assert_close(first.T @ first, torch.eye(16))
     assert not torch.equal(first, torch.eye(32, 16))
+
+
+def test_a_rehearsal_looks_at_student_and_teacher(
+    tiny_encoder: Path, tiny_texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_for(tiny_encoder, tiny_texts, "fedkd")
+    looked: list[str] = []
+    monkeypatch.setattr("strategies.fedkd.method.require_gradients", lambda named, loss: looked.extend(named))
+    student = set(session.initial)
+    session.method.try_out(session.model, session.test_tokens.batch(range(4)))
+    assert {name.partition("/")[2] for name in looked if name.startswith("student/")} == student
+    assert sum("lora_A" in name for name in looked if name.startswith("teacher/")) == 4

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedllm import models
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, ModelError
-from fedllm.models import Model
-from fedllm.student import (
+from fedllm.models import model as models
+from fedllm.models.model import Model
+from fedllm.models.saving import save
+from fedllm.tensors import fingerprint
+from strategies.fedkd.student import (
     check_pair,
     depth,
     freeze_embeddings,
@@ -22,7 +24,6 @@ from fedllm.student import (
     principal_directions,
     width,
 )
-from fedllm.tensors import fingerprint
 from tests.distill.conftest import Start
 
 IDS = torch.tensor([[2, 6, 9, 20, 3], [2, 14, 25, 3, 0]])
@@ -149,7 +150,7 @@ def test_a_narrow_student_is_a_plain_transformers_model(deep_encoder: Path, tmp_
     keep_layers(student, (1, 3))
     narrow(student, 16)
     assert width(student) == 16
-    place = models.save(student, tmp_path)
+    place = save(student, tmp_path)
     loaded = AutoModel.from_pretrained(place).eval()
     settings = json.loads((place / "config.json").read_text())
     assert (settings["num_hidden_layers"], settings["hidden_size"], settings["intermediate_size"]) == (

@@ -6,16 +6,16 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from fedllm.errors import RunFailed
-from simulations.flower import App, run_app
-from simulations.guard import kill_all
+from simulations.engines.flower import App, run_app
+from simulations.engines.guard import kill_all
+from tests.processes import until
 
 ECHO = App("tests.engines.echo_server:app", "tests.engines.echo_client:app")
 NODES = 5
@@ -61,12 +61,16 @@ def test_nothing_outlives_the_caller(tmp_path: Path, ending: signal.Signals) -> 
         "run_app(ECHO, run_config(folder, 'hang'), NODES, folder / 'flower.log', workers=1)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.DEVNULL) as caller:
-        wait_until((tmp_path / "started").exists)
-        homes = {process.environ()["FLWR_HOME"] for process in flower_processes(caller.pid)}
-        assert len(homes) == 1
+        try:
+            until((tmp_path / "started").exists)
+            homes = set(homes_of(caller.pid))
+            assert len(homes) == 1
+        except BaseException:
+            caller.kill()  # or it would be waited for, for ever
+            raise
         caller.send_signal(ending)
-    wait_until(lambda: not any(carries(process, *homes) for process in psutil.process_iter()))
-    wait_until(lambda: not any(Path(home).exists() for home in homes))
+    until(lambda: not any(carries(process, *homes) for process in psutil.process_iter()))
+    until(lambda: not any(Path(home).exists() for home in homes))
 
 
 def test_the_guard_kills_by_the_run_and_nothing_else() -> None:
@@ -79,14 +83,7 @@ def test_the_guard_kills_by_the_run_and_nothing_else() -> None:
         assert [sleeper.is_running() for sleeper in sleepers] == [False, True]
     finally:
         for sleeper in sleepers:
-            sleeper.communicate(timeout=10)
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+            sleeper.communicate()
 
 
 def carries(process: psutil.Process, home: str) -> bool:
@@ -96,7 +93,11 @@ def carries(process: psutil.Process, home: str) -> bool:
         return False
 
 
-def flower_processes(pid: int) -> Iterator[psutil.Process]:
+def homes_of(pid: int) -> Iterator[str]:
+    """Yield ``FLWR_HOME`` of Flower's processes below another; those that end meanwhile have none."""
     for process in psutil.Process(pid).children(recursive=True):
-        if process.name().startswith(("flower-", "flwr-")):
-            yield process
+        try:
+            if process.name().startswith(("flower-", "flwr-")):
+                yield process.environ()["FLWR_HOME"]
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue

@@ -8,19 +8,31 @@ from typing import Any
 import pytest
 
 from fedllm.config import RunConfig
-from fedllm.runs import Run
-from simulations.flower import simulate as on_flower
-from simulations.loopback import simulate as in_process
+from fedllm.runs.reader import Run
+from simulations.engines.flower import simulate as on_flower
+from simulations.engines.loopback import simulate as in_process
 from strategies.registry import load_method, method_names
 from tests.rounds.federation import configuration
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(params=method_names())
+RULES = ("fed-sb",)
+"""Rules of LoRA that hold exchanges of their own."""
+NEEDS: dict[str, dict[str, Any]] = {
+    "scaffold": {"training": {"optimizer": "sgd", "local_steps": 2, "batch_size": 8, "learning_rate": 5e-2}},
+}
+"""What a method must be told before it runs at all."""
+
+
+@pytest.fixture(params=[*method_names(), *RULES])
 def config(request: pytest.FixtureRequest, tiny_encoder: Path, tiny_texts: Path) -> RunConfig:
+    if request.param in RULES:
+        return configuration(tiny_encoder, tiny_texts, method="lora", options={"rule": request.param})
     options = load_method(request.param).Options().model_dump(mode="json", exclude_none=True)
-    return configuration(tiny_encoder, tiny_texts, method=request.param, options=options)
+    return configuration(
+        tiny_encoder, tiny_texts, method=request.param, options=options, **NEEDS.get(request.param, {})
+    )
 
 
 def outcome(folder: Path) -> dict[str, Any]:

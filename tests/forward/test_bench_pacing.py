@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedllm.presets import document
 from simulations.bench.pacing import Task, interpolated, train
-from simulations.catalogue import document
 from strategies.registry import resolve_run
 
 

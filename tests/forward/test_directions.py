@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm import directions
-from fedllm.directions import Direction, add_scaled, chunks, combine, flat, gaussian_table
+from strategies.forward import directions
+from strategies.forward.directions import Direction, add_scaled, chunks, combine, flat, gaussian_table
 
 GOLDEN_SIGNS = [1.0, -1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0]
 GOLDEN_SIGNS_SHA = "f4faf19a1d9b824b8ea70391ee70ccaf317edc839f0fb653bbda54bd035e112d"

@@ -11,21 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm import models
-from fedllm.directions import Direction, flat
 from fedllm.errors import ConfigError, RunFailed, WireError
+from fedllm.models import model as models
 from fedllm.tensors import Tensors, fingerprint, pack, spec_of
 from strategies.base import Commit, Exchange, Replay, State
-from strategies.fwdllm import FwdLLM
-from strategies.workshop import Workshop
-from tests.conformance.federation import ask, federate, reply_of, start, workshop
+from strategies.forward.cohort import halves
+from strategies.forward.directions import Direction, flat
+from strategies.fwdllm.method import FwdLLM
+from strategies.registry import load_method
+from strategies.session import Session
+from tests.conformance.federation import ask, federate, reply_of, session_for, start
 
 P = 6
 
 
-def shop_with(encoder: Path, texts: Path, *, top: bool = True, **options: Any) -> Workshop:
+def session_with(encoder: Path, texts: Path, *, top: bool = True, **options: Any) -> Session:
     targets = ("layer.1.attention.self.query",) if top else ("query", "value")
-    return workshop(
+    return session_for(
         encoder,
         texts,
         "fwdllm",
@@ -37,8 +39,8 @@ def shop_with(encoder: Path, texts: Path, *, top: bool = True, **options: Any) -
 
 
 @pytest.fixture
-def shop(tiny_encoder: Path, tiny_texts: Path) -> Workshop:
-    return shop_with(tiny_encoder, tiny_texts)
+def session(tiny_encoder: Path, tiny_texts: Path) -> Session:
+    return session_with(tiny_encoder, tiny_texts)
 
 
 @pytest.fixture
@@ -63,38 +65,38 @@ def vector(tensors: Tensors) -> np.ndarray:
 def test_a_whole_run_records_no_graph_and_calls_no_backward(
     tiny_encoder: Path, tiny_texts: Path, estimator: str
 ) -> None:
-    shop = shop_with(tiny_encoder, tiny_texts, estimator=estimator, warm_start="means")
-    state = federate(shop, start(shop), 2, range(4), first=0)
-    assert fingerprint(state.tensors) != fingerprint(start(shop).tensors)
-    assert ask(shop, state, Exchange("fit"), 0).passes.backward == 0
-    assert any(p.requires_grad for p in shop.model.module.parameters())
+    session = session_with(tiny_encoder, tiny_texts, estimator=estimator, warm_start="means")
+    state = federate(session, start(session), 2, range(4), first=0)
+    assert fingerprint(state.tensors) != fingerprint(start(session).tensors)
+    assert ask(session, state, Exchange("fit"), 0).passes.backward == 0
+    assert any(p.requires_grad for p in session.model.module.parameters())
 
 
-def test_the_fixture_would_notice_a_graph(shop: Workshop, no_graph: None) -> None:
-    batch = shop.test_tokens.batch(range(4))
+def test_the_fixture_would_notice_a_graph(session: Session, no_graph: None) -> None:
+    batch = session.test_tokens.batch(range(4))
     with pytest.raises(AssertionError, match="recorded a graph"):
-        shop.model.forward(batch)
+        session.model.forward(batch)
 
 
-def test_a_reply_is_p_floats_and_nothing_else(shop: Workshop) -> None:
-    answer = ask(shop, start(shop), Exchange("fit"), 1)
+def test_a_reply_is_p_floats_and_nothing_else(session: Session) -> None:
+    answer = ask(session, start(session), Exchange("fit"), 1)
     assert list(answer.tensors) == ["slopes"]
     assert len(pack(answer.tensors)) == 4 * P
-    assert spec_of(answer.tensors) == shop.method.spec(Exchange("fit"), start(shop).tensors)
+    assert spec_of(answer.tensors) == session.method.spec(Exchange("fit"), start(session).tensors)
 
 
-def test_slopes_are_the_gradients_projections(shop: Workshop) -> None:
+def test_slopes_are_the_gradients_projections(session: Session) -> None:
     """Backpropagation on the same batch, found by trying: only one subset's loss has this gradient norm."""
-    state, node = start(shop), 1
-    answer = ask(shop, state, Exchange("fit"), node, 3, 0)
-    train, _ = shop.client_tokens(node)
+    state, node = start(session), 1
+    answer = ask(session, state, Exchange("fit"), node, 3, 0)
+    train, _ = session.client_tokens(node)
     from fedllm.randomness import stream
 
-    order = stream(shop.config.seed, "batches", 3, node).permutation(len(train))[:8]
-    shop.method.load(shop.model, state.tensors)
-    shop.model.module.eval()
-    parameters = shop.model.trainable()
-    loss = shop.model.forward(train.batch(order)).loss
+    order = stream(session.config.seed, "batches", 3, node).permutation(len(train))[:8]
+    session.method.load(session.model, state.tensors)
+    session.model.module.eval()
+    parameters = session.model.trainable()
+    loss = session.model.forward(train.batch(order)).loss
     assert loss is not None
     grads = torch.autograd.grad(loss, list(parameters.values()))
     truth = vector(dict(zip(parameters, grads, strict=True)))
@@ -102,16 +104,16 @@ def test_slopes_are_the_gradients_projections(shop: Workshop) -> None:
     np.testing.assert_allclose(answer.tensors["slopes"], want, rtol=1e-4, atol=1e-5 * np.linalg.norm(truth))
 
 
-def test_the_step_is_the_trust_ratio_along_the_weighted_mean(shop: Workshop) -> None:
+def test_the_step_is_the_trust_ratio_along_the_weighted_mean(session: Session) -> None:
     """Rebuilt here naively from the directions' definition."""
-    state, round = start(shop), 2
-    acc = shop.method.begin(state, round)
-    answers = {node: ask(shop, state, Exchange("fit"), node, round) for node in (0, 2)}
+    state, round = start(session), 2
+    acc = session.method.begin(state, round)
+    answers = {node: ask(session, state, Exchange("fit"), node, round) for node in (0, 2)}
     for node, answer in answers.items():
-        acc = shop.method.fold(acc, "fit", reply_of(answer, node))
-    proposal, _ = shop.method.step(state, acc)
+        acc = session.method.fold(acc, "fit", reply_of(answer, node))
+    proposal = session.method.step(state, acc).proposal
     assert isinstance(proposal, Replay)
-    after = vector(shop.method.replay(state.tensors, proposal.record))
+    after = vector(session.method.replay(state.tensors, proposal.record))
     w, total = vector(state.tensors), sum(a.examples for a in answers.values())
     g = sum(
         (a.examples / total)
@@ -131,22 +133,23 @@ def test_the_step_is_the_trust_ratio_along_the_weighted_mean(shop: Workshop) -> 
 def test_a_client_that_missed_rounds_catches_up_bit_for_bit(
     tiny_encoder: Path, tiny_texts: Path, candidates: int
 ) -> None:
-    shop = shop_with(tiny_encoder, tiny_texts, warm_start="means", candidates=candidates)
-    state, records = start(shop), []
+    session = session_with(tiny_encoder, tiny_texts, warm_start="means", candidates=candidates)
+    state, records = start(session), []
     for round in range(4):
-        acc, index = shop.method.begin(state, round), 0
-        while isinstance(exchange := shop.method.plan(state, acc), Exchange):
+        acc, index = session.method.begin(state, round), 0
+        while isinstance(exchange := session.method.plan(state, acc), Exchange):
             for node in (3, 0):
-                acc = shop.method.fold(
-                    acc, exchange.kind, reply_of(ask(shop, state, exchange, node, round, index), node)
+                acc = session.method.fold(
+                    acc, exchange.kind, reply_of(ask(session, state, exchange, node, round, index), node)
                 )
             index += 1
-        proposal, memory = shop.method.step(state, acc)
+        step = session.method.step(state, acc)
+        proposal, memory = step.proposal, step.memory
         assert isinstance(proposal, Replay)
         records.append(proposal.record)
-        state = State(state.version + 1, shop.method.replay(state.tensors, proposal.record), memory)
+        state = State(state.version + 1, session.method.replay(state.tensors, proposal.record), memory)
     assert len(records[1]) == 1 + 9 + 2 * (10 + (4 if candidates == 1 else 6) * P)
-    late = Workshop(shop.config)
+    late = Session(session.config)
     tensors = late.initial
     for record in records:
         tensors = late.method.replay(tensors, record)
@@ -157,18 +160,18 @@ def test_both_sides_choose_the_same_directions_by_the_previous_round(
     tiny_encoder: Path, tiny_texts: Path
 ) -> None:
     """The second step, rebuilt from the slopes that a client without any choice would have measured."""
-    shop = shop_with(tiny_encoder, tiny_texts, candidates=8)
-    state = federate(shop, start(shop), 1, (0, 3))
-    acc = shop.method.begin(state, 2)
-    exchange = shop.method.plan(state, acc)
+    session = session_with(tiny_encoder, tiny_texts, candidates=8)
+    state = federate(session, start(session), 1, (0, 3))
+    acc = session.method.begin(state, 2)
+    exchange = session.method.plan(state, acc)
     assert isinstance(exchange, Exchange)
-    answer = ask(shop, state, exchange, 1, 2)
+    answer = ask(session, state, exchange, 1, 2)
     assert len(pack(answer.tensors)) == 4 * P
-    acc = shop.method.fold(acc, "fit", reply_of(answer, 1))
+    acc = session.method.fold(acc, "fit", reply_of(answer, 1))
     chosen = acc.cohort.indices[1]
     assert len(chosen) == P
     assert chosen.max() >= P  # beyond those that an even choice would have taken
-    everything = shop_with(tiny_encoder, tiny_texts, directions=8 * P)
+    everything = session_with(tiny_encoder, tiny_texts, directions=8 * P)
     measured = ask(everything, state, Exchange("fit"), 1, 2).tensors["slopes"].numpy()
     np.testing.assert_allclose(answer.tensors["slopes"], measured[chosen], rtol=1e-3, atol=1e-5)
     weights = acc.cohort.slopes[1] / answer.tensors["slopes"].numpy()
@@ -177,24 +180,26 @@ def test_both_sides_choose_the_same_directions_by_the_previous_round(
 
 
 def test_a_guide_that_is_no_record_is_refused(tiny_encoder: Path, tiny_texts: Path) -> None:
-    shop = shop_with(tiny_encoder, tiny_texts, candidates=8)
+    session = session_with(tiny_encoder, tiny_texts, candidates=8)
     for guide in ("~ no base85 \x00", "0000"):
         with pytest.raises(WireError):
-            ask(shop, start(shop), Exchange("fit", {"guide": guide}), 0, 2)
+            ask(session, start(session), Exchange("fit", {"guide": guide}), 0, 2)
 
 
 def test_dense_uploads_lead_to_the_same_step(tiny_encoder: Path, tiny_texts: Path) -> None:
-    scalars, dense = (shop_with(tiny_encoder, tiny_texts, upload=upload) for upload in ("scalars", "dense"))
+    scalars, dense = (
+        session_with(tiny_encoder, tiny_texts, upload=upload) for upload in ("scalars", "dense")
+    )
     one, two = (federate(s, start(s), 1, (0, 1, 3)) for s in (scalars, dense))
     np.testing.assert_allclose(vector(one.tensors), vector(two.tensors), rtol=1e-4, atol=1e-6)
 
 
 def test_asked_again_a_client_probes_the_same_batch_further_on(
-    tiny_encoder: Path, tiny_texts: Path, shop: Workshop
+    tiny_encoder: Path, tiny_texts: Path, session: Session
 ) -> None:
-    state = start(shop)
-    parts = [ask(shop, state, Exchange("fit"), 2, 1, index).tensors["slopes"] for index in (0, 1)]
-    double = shop_with(tiny_encoder, tiny_texts, directions=2 * P)
+    state = start(session)
+    parts = [ask(session, state, Exchange("fit"), 2, 1, index).tensors["slopes"] for index in (0, 1)]
+    double = session_with(tiny_encoder, tiny_texts, directions=2 * P)
     whole = ask(double, state, Exchange("fit"), 2, 1, 0).tensors["slopes"]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
 
@@ -203,43 +208,45 @@ def test_asked_again_a_client_probes_the_same_batch_further_on(
 def test_pacing_asks_until_the_gate_or_the_cap(
     tiny_encoder: Path, tiny_texts: Path, threshold: float, exchanges: int
 ) -> None:
-    shop = shop_with(
+    session = session_with(
         tiny_encoder, tiny_texts, pacing="ratio", threshold=threshold, directions=40, parallel=40
     )
-    state, acc, index = start(shop), shop.method.begin(start(shop), 1), 0
-    while isinstance(shop.method.plan(state, acc), Exchange):
+    state, acc, index = start(session), session.method.begin(start(session), 1), 0
+    while isinstance(session.method.plan(state, acc), Exchange):
         for node in range(4):
-            acc = shop.method.fold(
-                acc, "fit", reply_of(ask(shop, state, Exchange("fit"), node, 1, index), node)
+            acc = session.method.fold(
+                acc, "fit", reply_of(ask(session, state, Exchange("fit"), node, 1, index), node)
             )
         index += 1
     assert index == exchanges
-    _, memory = shop.method.step(state, acc)
-    assert float(memory["report/directions"]) == 4 * 40 * exchanges
+    report = session.method.step(state, acc).report
+    assert float(report["directions"]) == 4 * 40 * exchanges
+    a, b = halves(acc.cohort, 0, vector(state.tensors).size)  # of all that was sent, at the cap too
+    assert float(report["ratio"]) == pytest.approx((a @ b) / (((a - b) ** 2).sum() / 4), rel=1e-5)
 
 
-def test_a_round_of_one_exchange_tells_its_signal_to_noise_too(shop: Workshop) -> None:
+def test_a_round_of_one_exchange_tells_its_signal_to_noise_too(session: Session) -> None:
     """From every other direction of each client, rebuilt here from their definition."""
-    acc, width = shop.method.begin(start(shop), 1), vector(start(shop).tensors).size
+    acc, width = session.method.begin(start(session), 1), vector(start(session).tensors).size
     sides: list[list[np.ndarray]] = [[], []]
-    answers = {node: ask(shop, start(shop), Exchange("fit"), node, 1) for node in (0, 1)}
+    answers = {node: ask(session, start(session), Exchange("fit"), node, 1) for node in (0, 1)}
     total = sum(answer.examples for answer in answers.values())
     for rank, (node, answer) in enumerate(answers.items()):
-        acc = shop.method.fold(acc, "fit", reply_of(answer, node))
+        acc = session.method.fold(acc, "fit", reply_of(answer, node))
         for i, slope in enumerate(answer.tensors["slopes"].numpy()):
             share = answer.examples / total / (P / 2)
             sides[(rank + i) % 2].append(share * slope * flat(Direction(0, 1, node, i), width))
-    _, memory = shop.method.step(start(shop), acc)
+    report = session.method.step(start(session), acc).report
     a, b = (np.sum(side, axis=0) for side in sides)
     want = (a @ b) / (((a - b) ** 2).sum() / 4)
-    assert float(memory["report/ratio"]) == pytest.approx(want, rel=1e-3)
+    assert float(report["ratio"]) == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize(("threshold", "exchanges"), [(1e9, 1), (1e-30, 3)])
 def test_the_papers_rule_asks_while_the_variance_is_above(
     tiny_encoder: Path, tiny_texts: Path, threshold: float, exchanges: int
 ) -> None:
-    shop = shop_with(
+    session = session_with(
         tiny_encoder,
         tiny_texts,
         pacing="variance",
@@ -247,28 +254,29 @@ def test_the_papers_rule_asks_while_the_variance_is_above(
         max_exchanges=3,
         pacing_tensor="head.bias",
     )
-    acc, index = shop.method.begin(start(shop), 1), 0
-    while isinstance(shop.method.plan(start(shop), acc), Exchange):
+    acc, index = session.method.begin(start(session), 1), 0
+    while isinstance(session.method.plan(start(session), acc), Exchange):
         for node in (0, 1):
-            answer = ask(shop, start(shop), Exchange("fit"), node, 1, index)
-            acc = shop.method.fold(acc, "fit", reply_of(answer, node))
+            answer = ask(session, start(session), Exchange("fit"), node, 1, index)
+            acc = session.method.fold(acc, "fit", reply_of(answer, node))
         index += 1
     assert index == exchanges
 
 
+@pytest.mark.slow
 def test_it_learns_from_slopes_alone(tiny_encoder: Path, tiny_texts: Path) -> None:
-    shop = shop_with(tiny_encoder, tiny_texts, directions=20, learning_rate=0.2)
-    before = models.evaluate(shop.model, shop.test_tokens, 64)
-    state = federate(shop, start(shop), 10, range(4))
-    shop.method.load(shop.model, state.tensors)
-    after = models.evaluate(shop.model, shop.test_tokens, 64)
+    session = session_with(tiny_encoder, tiny_texts, directions=20, learning_rate=0.3)
+    before = models.evaluate(session.model, session.test_tokens, 64)
+    state = federate(session, start(session), 5, range(3))
+    session.method.load(session.model, state.tensors)
+    after = models.evaluate(session.model, session.test_tokens, 64)
     assert after["loss"] < before["loss"] - 0.05
 
 
 def test_a_collapsing_run_is_stopped_with_a_reason(tiny_encoder: Path, tiny_texts: Path) -> None:
-    shop = shop_with(tiny_encoder, tiny_texts, learning_rate=3.0)
+    session = session_with(tiny_encoder, tiny_texts, learning_rate=3.0)
     with pytest.raises(RunFailed, match=r"grown to .* lower fwdllm.learning_rate"):
-        federate(shop, start(shop), 5, (0, 1))
+        federate(session, start(session), 5, (0, 1))
 
 
 @pytest.mark.parametrize("kind", ["means", "cosine", "ridge"])
@@ -276,17 +284,19 @@ def test_warm_start_is_the_closed_form_of_the_pooled_texts(
     tiny_encoder: Path, tiny_texts: Path, kind: str
 ) -> None:
     """One client with everything, or four with a part each in another order: the same head."""
-    shop = shop_with(tiny_encoder, tiny_texts, warm_start=kind)
-    one, two = (federate(shop, start(shop), 1, nodes, first=0) for nodes in ((0, 1, 2, 3), (2, 0, 3, 1)))
+    session = session_with(tiny_encoder, tiny_texts, warm_start=kind)
+    one, two = (
+        federate(session, start(session), 1, nodes, first=0) for nodes in ((0, 1, 2, 3), (2, 0, 3, 1))
+    )
     assert fingerprint(one.tensors) == fingerprint(two.tensors)
     features, labels = [], []
-    shop.method.load(shop.model, start(shop).tensors)
-    shop.model.module.eval()
+    session.method.load(session.model, start(session).tensors)
+    session.model.module.eval()
     for node in range(4):
-        train, _ = shop.client_tokens(node)
+        train, _ = session.client_tokens(node)
         batch = train.batch(range(len(train)))
         with torch.no_grad():
-            found = shop.model.module.features(batch.input_ids, batch.attention_mask)
+            found = session.model.module.features(batch.input_ids, batch.attention_mask)
         features.append(found.double().numpy() / math.sqrt(32))
         labels.append(batch.labels.numpy())
     x, y = np.concatenate(features), np.concatenate(labels)
@@ -303,17 +313,40 @@ def test_warm_start_is_the_closed_form_of_the_pooled_texts(
     assert not one.tensors["head.bias"].any()
 
 
-def test_round_zero_commits_at_once_without_a_warm_start(shop: Workshop) -> None:
-    state = start(shop)
-    assert shop.method.plan(state, shop.method.begin(state, 0)) == Commit()
+def test_a_setup_costs_a_forward_pass_per_batch(tiny_encoder: Path, tiny_texts: Path) -> None:
+    session = session_with(tiny_encoder, tiny_texts, warm_start="means", cache=False)
+    answer = ask(session, start(session), Exchange("setup"), 2, 0)
+    assert answer.passes.forward == pytest.approx(len(session.client_tokens(2)[0]) / 8)
+    assert answer.passes.backward == 0
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.0])
+def test_a_step_as_long_as_the_weights_is_the_stride(
+    tiny_encoder: Path, tiny_texts: Path, rate: float
+) -> None:
+    """rate |g| = |w|; P slopes of norm s along directions of norm sqrt(d) make |g| = s sqrt(d) / P."""
+    settings = {"step": "mean", "learning_rate": rate}
+    dense = session_with(tiny_encoder, tiny_texts, upload="dense", **settings)
+    tensors = start(dense).tensors
+    width, length = vector(tensors).size, float(np.linalg.norm(vector(tensors)))
+    assert length > 1.0
+    assert dense.method.stride(tensors) == pytest.approx(length / rate)
+    slopes = session_with(tiny_encoder, tiny_texts, **settings).method.stride(tensors)
+    assert slopes == pytest.approx(length / rate * P / math.sqrt(width))
+    assert session_with(tiny_encoder, tiny_texts).method.stride(tensors) is None
+
+
+def test_round_zero_commits_at_once_without_a_warm_start(session: Session) -> None:
+    state = start(session)
+    assert session.method.plan(state, session.method.begin(state, 0)) == Commit()
 
 
 @pytest.mark.parametrize(
     "record", [b"", b"x", b"h123", b"s", b"s" + bytes(8), b"s\1\0\0\0\2\0\0\0\1" + bytes(14)]
 )
-def test_damaged_records_are_refused(shop: Workshop, record: bytes) -> None:
+def test_damaged_records_are_refused(session: Session, record: bytes) -> None:
     with pytest.raises(WireError):
-        shop.method.replay(start(shop).tensors, record)
+        session.method.replay(start(session).tensors, record)
 
 
 @pytest.mark.parametrize(
@@ -324,18 +357,76 @@ def test_damaged_records_are_refused(shop: Workshop, record: bytes) -> None:
         ({"options": {"upload": "dense", "pacing": "ratio"}}, "pacing"),
         ({"options": {"upload": "dense", "candidates": 2}}, "candidates"),
         ({"options": {"directions": 1000, "candidates": 100}}, "candidates"),
+        ({"options": {"directions": 6554, "pacing": "ratio", "max_exchanges": 10}}, "max_exchanges"),
+        ({"options": {"directions": 6554, "pacing": "variance", "max_exchanges": 10}}, "directions"),
     ],
 )
-def test_impossible_combinations_name_the_key(shop: Workshop, sections: dict[str, Any], key: str) -> None:
-    config = type(shop.config).model_validate({**shop.config.model_dump(), **sections})
+def test_impossible_combinations_name_the_key(session: Session, sections: dict[str, Any], key: str) -> None:
+    config = type(session.config).model_validate({**session.config.model_dump(), **sections})
     with pytest.raises(ConfigError, match=rf"fwdllm\.{key}"):
         FwdLLM(config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"directions": 6553, "pacing": "ratio", "max_exchanges": 10},
+        {"directions": 9000, "max_exchanges": 10},
+        {"directions": 9000, "upload": "dense"},
+    ],
+)
+def test_as_many_slopes_as_a_record_holds_are_taken(session: Session, options: dict[str, Any]) -> None:
+    """One exchange a round is all that ``fixed`` has, and dense uploads need no record."""
+    method = FwdLLM(type(session.config).model_validate({**session.config.model_dump(), "options": options}))
+    taken = method.options.model_dump()
+    assert {name: taken[name] for name in options} == options
+
+
+CODECS = {
+    "feedback on slopes": ("fwdllm", {}, {"up": "error_feedback(sign)"}, r'codec\.up.*"dense"'),
+    "an estimate of slopes": ("fwdllm", {}, {"up": "ef21(sign)"}, r"codec\.up.*other directions"),
+    "feedback inside": ("fwdllm", {}, {"up": "per_tensor(vectors=error_feedback(sign))"}, r"codec\.up"),
+    "feedback on a walk": ("mezo", {}, {"up": "error_feedback(sign)"}, r"codec\.up.*mezo\.candidates"),
+    "replayed down": ("fwdllm", {}, {"down": "sign"}, r"codec\.down.*replay"),
+    "walks down": ("mezo", {"candidates": 8}, {"down": "sign"}, r"codec\.down.*replay"),
+    "too long a walk": ("mezo", {}, {}, r"training\.local_steps = 65536.*65,535"),
+}
+
+
+@pytest.mark.parametrize(("method", "options", "codec", "said"), CODECS.values(), ids=CODECS)
+def test_what_slopes_cannot_take_is_refused(
+    session: Session, method: str, options: dict[str, Any], codec: dict[str, str], said: str
+) -> None:
+    given = {**session.config.model_dump(), "method": method, "options": options, "codec": codec}
+    if not codec:
+        given["training"] = {"local_steps": 65_536}
+    with pytest.raises(ConfigError, match=said):
+        load_method(method)(type(session.config).model_validate(given))
+
+
+TAKEN = {
+    "quantised slopes": ("fwdllm", {}, {"up": "quantize(bits=8)"}),
+    "dense gradients": ("fwdllm", {"upload": "dense"}, {"up": "error_feedback(sign)", "down": "sign"}),
+    "a server that steps": ("fwdllm", {"step": "mean"}, {"down": "sign"}),
+    "shared directions": ("mezo", {"candidates": 8}, {"up": "error_feedback(sign)"}),
+}
+
+
+@pytest.mark.parametrize(("method", "options", "codec"), TAKEN.values(), ids=TAKEN)
+def test_what_they_can_is_taken(
+    session: Session, method: str, options: dict[str, Any], codec: dict[str, str]
+) -> None:
+    given = {**session.config.model_dump(), "method": method, "options": options, "codec": codec}
+    if options.get("step") == "mean":
+        given["server"] = {"optimizer": "adam"}
+    made = load_method(method)(type(session.config).model_validate(given))
+    assert {way: getattr(made.config.codec, way) for way in codec} == codec
 
 
 def test_a_hopeless_run_is_warned_of(
     tiny_encoder: Path, tiny_texts: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shop = workshop(
+    session = session_for(
         tiny_encoder,
         tiny_texts,
         "fwdllm",
@@ -343,13 +434,13 @@ def test_a_hopeless_run_is_warned_of(
         options={"directions": 1},
         server={"sample": 1},
     )
-    assert shop.initial
+    assert session.initial
     assert "hopeless" in caplog.text
 
 
 def test_a_large_setup_is_warned_of(
     tiny_encoder: Path, tiny_texts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedllm.prospects._LARGE_SETUP", 1000)
-    assert shop_with(tiny_encoder, tiny_texts, warm_start="ridge").initial
+    monkeypatch.setattr("strategies.forward.outlook._LARGE_SETUP", 1000)
+    assert session_with(tiny_encoder, tiny_texts, warm_start="ridge").initial
     assert 'fwdllm.warm_start = "ridge" makes each client upload' in caplog.text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedllm.errors import ConfigError
-from fedllm.pacing import Gate, half_variance, signal_to_noise, stretch
+from strategies.fwdllm.pacing import Gate, half_variance, signal_to_noise, stretch
 
 
 def test_the_ratio_estimates_signal_over_the_means_variance_and_has_no_units() -> None:

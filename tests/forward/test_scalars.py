@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.directions import Direction, flat
 from fedllm.errors import WireError
-from fedllm.scalars import Cohort, gradient, halves, pack_cohort, unpack_cohort
+from strategies.forward.cohort import Cohort, gradient, halves, pack_cohort, unpack_cohort
+from strategies.forward.directions import Direction, flat
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 COHORTS = st.dictionaries(

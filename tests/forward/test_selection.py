@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.directions import Direction, Kind, flat
-from fedllm.flat import flatten
-from fedllm.selection import alignments, choose, draw
-from tests.forward.test_fwdllm import shop_with
+from strategies.forward.directions import Direction, Kind, flat
+from strategies.forward.vectors import flatten
+from strategies.fwdllm.selection import alignments, choose, draw
+from tests.forward.test_fwdllm import session_with
 
 
 def names(count: int, round: int = 1) -> list[Direction]:
@@ -71,6 +71,7 @@ def test_counts_are_proportional_over_all_starts() -> None:
     np.testing.assert_array_equal(counts, 4 * shares)
 
 
+@pytest.mark.slow
 def test_aligned_candidates_are_chosen_more_often() -> None:
     guide = np.random.default_rng(1).normal(size=64)
     chosen, passed = [], []
@@ -83,13 +84,14 @@ def test_aligned_candidates_are_chosen_more_often() -> None:
     assert np.mean(chosen) > 1.2 * np.mean(passed)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased_on_a_tiny_model(tiny_encoder: Path, tiny_texts: Path) -> None:
     """The mean over many rounds of choosing is backpropagation's gradient, within 3 standard errors."""
-    shop = shop_with(tiny_encoder, tiny_texts)
-    assert shop.initial
-    shop.model.module.eval()
-    parameters = shop.model.trainable()
-    loss = shop.model.forward(shop.test_tokens.batch(range(8))).loss
+    session = session_with(tiny_encoder, tiny_texts)
+    assert session.initial
+    session.model.module.eval()
+    parameters = session.model.trainable()
+    loss = session.model.forward(session.test_tokens.batch(range(8))).loss
     assert loss is not None
     grads = torch.autograd.grad(loss, list(parameters.values()))
     truth = flatten(dict(zip(parameters, grads, strict=True)))

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
-from fedllm.data import load as load_texts
-from fedllm.data import tokenise
+from fedllm.data.corpus import load as load_texts
 from fedllm.errors import ModelError
-from fedllm.models import Model, evaluate, load, save
+from fedllm.models.model import Model, evaluate, load
+from fedllm.models.saving import save
+from tests.parts import quick, task_of
 
 Configure = Callable[..., RunConfig]
 
@@ -49,9 +50,9 @@ def configure(tiny_encoder: Path, tiny_causal: Path, tiny_texts: Path) -> Config
 
 
 def build(config: RunConfig) -> tuple[Model, Any]:
-    corpus = load_texts(config.data, config.model.task)
+    corpus = load_texts(config.data, task_of(config.model.task))
     model = load(config, corpus.label_names)
-    return model, tokenise(corpus, model.tokenizer, 12, model.task)
+    return model, model.task.encode(corpus, model.tokenizer, 12)
 
 
 def train(model: Model, tokens: Any, steps: int, rate: float = 1e-2) -> None:
@@ -72,13 +73,18 @@ def pairs() -> list[tuple[str, str]]:
 
 def mark(*values: str) -> Any:
     """One method of each family runs in the quick part."""
-    quick = values[0] in ("lora", "ia3", "prompt", "full")
-    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
+    tried = values[0] in ("lora", "prompt", "full")
+    return pytest.param(*values, marks=() if tried else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("method", "pooling", "dtype"),
-    [mark(*pair, dtype) for pair in pairs() for dtype in ("float32", "bfloat16")],
+    quick(
+        [(*pair, ("float32", "bfloat16")[number % 2]) for number, pair in enumerate(pairs())],
+        ("lora", "mean", "float32"),
+        ("prompt", "causal", "bfloat16"),
+        ("full", "causal", "bfloat16"),
+    ),
 )
 def test_trains_on_any_base_precision(configure: Configure, method: str, pooling: str, dtype: str) -> None:
     model, tokens = build(configure(method, pooling, dtype))
@@ -132,7 +138,9 @@ def test_adapter_loads_with_plain_peft(
     torch.testing.assert_close(model.forward(batch).logits, logits)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "prompt", "prefix", "p-tuning"])
+@pytest.mark.parametrize(
+    "method", quick(["lora", "dora", "vera", "ia3", "prompt", "prefix", "p-tuning"], "lora", "prompt")
+)
 @pytest.mark.parametrize("pooling", ["mean", "causal"])
 def test_every_trained_tensor_reaches_the_loss(configure: Configure, method: str, pooling: str) -> None:
     model, tokens = build(configure(method, pooling))

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedllm.bundled import MODELS, model_source
 from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
-from fedllm.data import Corpus, split, tokenise
-from fedllm.data import load as load_texts
-from fedllm.models import Model, evaluate, load
+from fedllm.data.bundled import MODELS, model_source
+from fedllm.data.corpus import Corpus, split
+from fedllm.data.corpus import load as load_texts
+from fedllm.models.model import Model, evaluate, load
 from fedllm.tensors import fingerprint
+from tests.parts import task_of
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def news() -> tuple[Corpus, Corpus]:
-    return split(load_texts(DataConfig(), "classification"), 0.2, 0)
+    return split(load_texts(DataConfig(), task_of("classification")), 0.2, 0)
 
 
 def test_minilm_knows_which_sentences_mean_the_same(minilm: Model) -> None:
@@ -53,7 +54,7 @@ def test_beginnings_give_the_tokens_of_whole_articles(name: str, news: tuple[Cor
 
     tokenizer = AutoTokenizer.from_pretrained(model_source(name))
     _, test = news
-    tokens = tokenise(test, tokenizer, 64, "causal")
+    tokens = task_of("causal").encode(test, tokenizer, 64)
     expected = tokenizer(test.texts, truncation=True, max_length=64)["input_ids"]
     for index, ids in enumerate(expected):
         assert tokens.batch([index]).input_ids[0].tolist() == ids
@@ -77,10 +78,10 @@ def test_smollm2_from_the_cache_is_the_gguf_model(news: tuple[Corpus, Corpus]) -
     stock = AutoModelForCausalLM.from_pretrained(
         Path(found.origin).parent, gguf_file=file, dtype=torch.float32
     )
-    batch = tokenise(news[1].subset(range(4)), model.tokenizer, 32, "causal").batch(range(4))
+    batch = task_of("causal").encode(news[1].subset(range(4)), model.tokenizer, 32).batch(range(4))
     with torch.no_grad():
         ours = model.forward(batch)
         theirs = stock(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
     torch.testing.assert_close(ours.loss, theirs.loss)
-    tokens = tokenise(news[1].subset(range(16)), model.tokenizer, 32, "causal")
+    tokens = task_of("causal").encode(news[1].subset(range(16)), model.tokenizer, 32)
     assert 5 < evaluate(model, tokens, 16)["perplexity"] < 150

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
-from fedllm.config import ModelConfig, RunConfig, TuningConfig
-from fedllm.data import Batch
+from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
+from fedllm.data.tokens import Batch
 from fedllm.errors import ModelError
-from fedllm.models import Model, load
+from fedllm.models.model import Model, load
 
 pytestmark = pytest.mark.slow
 
@@ -54,3 +55,38 @@ def test_the_whole_model_cannot_be_trained_quantised() -> None:
     config = RunConfig(model=ModelConfig(quantize="nf4"), tuning=TuningConfig(peft="full"))
     with pytest.raises(ModelError, match="freezes the base"):
         load(config, ("a", "b"))
+
+
+@pytest.mark.parametrize("peft", ["prompt", "prefix", "p-tuning"])
+@pytest.mark.parametrize("kind", ["encoder", "causal"])
+def test_an_evaluation_leaves_a_four_bit_base_trainable(
+    tiny_encoder: Path, tiny_causal: Path, monkeypatch: pytest.MonkeyPatch, kind: str, peft: str
+) -> None:
+    # What a processor with AVX512-BF16 makes of the matrices at the first pass without gradients.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    causal = kind == "causal"
+    base = ModelConfig(
+        name=str(tiny_causal if causal else tiny_encoder),
+        task="causal" if causal else "classification",
+        quantize="nf4",
+    )
+    short = DataConfig(max_length=16)  # virtual tokens take positions too
+    model = load(RunConfig(model=base, tuning=TuningConfig(peft=peft, rank=4), data=short), ("a", "b"))
+    ids = torch.arange(5, 25).reshape(2, 10)
+    batch = Batch(ids, torch.ones_like(ids), ids if causal else torch.tensor([0, 1]))
+
+    def gradients() -> list[torch.Tensor]:
+        model.module.zero_grad()
+        model.loss(batch).backward()  # type: ignore[no-untyped-call]
+        return [p.grad.clone() for p in model.trainable().values() if p.grad is not None]
+
+    model.module.eval()
+    packed = [p.clone() for p in model.module.parameters() if p.dtype == torch.uint8]
+    before = gradients()
+    with torch.inference_mode():
+        model.forward(batch)
+    assert packed
+    frozen = [p for p in model.module.parameters() if p.dtype == torch.uint8]
+    assert all(torch.equal(old, new) for old, new in zip(packed, frozen, strict=True))
+    assert len(before) == len(model.trainable())
+    assert all(old.any() and torch.equal(old, new) for old, new in zip(before, gradients(), strict=True))

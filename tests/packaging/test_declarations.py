@@ -26,12 +26,9 @@ def pins(name: str) -> dict[str, str]:
 def declared() -> list[Requirement]:
     extras = PROJECT["project"]["optional-dependencies"]
     needed = [*PROJECT["project"]["dependencies"]]
-    needed += [
-        text
-        for extra in ("simulation", "dashboard", "tensorboard", "mlflow", "test")
-        for text in extras[extra]
-    ]
-    return [requirement for text in needed if (requirement := Requirement(text)).name != "fedllm"]
+    needed += [text for extra in extras.keys() - {"docs", "mutation"} for text in extras[extra]]
+    found = {requirement.name: requirement for requirement in map(Requirement, needed)}
+    return [found[name] for name in sorted(found) if name != "fedllm"]
 
 
 @pytest.mark.parametrize("requirement", declared(), ids=lambda requirement: requirement.name)
@@ -39,6 +36,12 @@ def test_every_dependency_is_pinned_within_its_range_and_installed_so(requiremen
     pinned = pins("constraints.txt")[requirement.name]
     assert requirement.specifier.contains(pinned)
     assert version(requirement.name).split("+")[0] == pinned
+
+
+@pytest.mark.parametrize("extra", ["docs", "mutation"])
+def test_what_other_commands_install_is_pinned_within_its_range(extra: str) -> None:
+    for requirement in map(Requirement, PROJECT["project"]["optional-dependencies"][extra]):
+        assert requirement.specifier.contains(pins("constraints.txt")[requirement.name])
 
 
 def test_bundled_packages_are_pinned_and_installed() -> None:
@@ -96,13 +99,13 @@ def planned(checkout: Path, target: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "docs", "coverage"])
 def test_make_installs_with_pins_once(checkout: Path, target: str) -> None:
     first = planned(checkout, target)
     assert "venv .venv" in first
     assert first.count("pip install") == first.count("constraints.txt") + first.count("--no-deps") > 0
     (checkout / ".venv/bin").mkdir(parents=True)
-    for made in ("bin/python", ".installed", ".installed-test"):
+    for made in ("bin/python", ".installed", ".installed-test", ".installed-docs"):
         (checkout / ".venv" / made).touch()
     second = planned(checkout, target)
     assert second
@@ -111,3 +114,12 @@ def test_make_installs_with_pins_once(checkout: Path, target: str) -> None:
     (checkout / "constraints.txt").touch()
     os.utime(checkout / "constraints.txt", (2**31, 2**31))
     assert "pip install" in planned(checkout, target)
+
+
+def test_a_method_imports_what_methods_share_never_another_method() -> None:
+    folders = {path.parent for path in (ROOT / "strategies").glob("*/options.py")}
+    for folder in folders:
+        others = "|".join(other.name for other in folders - {folder})
+        for file in folder.rglob("*.py"):
+            found = re.search(rf"^\s*(from|import) strategies\.({others})\b", file.read_text(), re.MULTILINE)
+            assert not found, f"{file.relative_to(ROOT)}: {found and found[0]}"

@@ -12,11 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.parts import quick
+
 MODULES = {
     "fedllm.cli": {"torch", "transformers", "flwr", "matplotlib", "pandas", "scipy"},
     "fedllm.config": {"torch", "transformers", "flwr"},
-    "fedllm.wire": {"torch", "transformers"},
+    "fedllm.protocol.wire": {"torch", "transformers"},
     "client.app": {"torch", "transformers", "peft"},
+    "client.device.supervisor": {"torch", "transformers", "flwr", "numpy", "pydantic", "httpx"},
+    "client.device.supernode": {"torch", "transformers", "pandas", "pyarrow", "scipy"},
+    "client.device.task": {"torch", "transformers", "sqlalchemy", "alembic"},
+    "client.resident": {"torch", "transformers", "flwr", "numpy"},
     "server.app": {"torch", "transformers", "peft"},
     "strategies.registry": {"torch", "transformers", "flwr"},
 }
@@ -29,7 +35,7 @@ def test_version() -> None:
     assert output == f"fedllm {project['version']}\n"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", quick(MODULES, "fedllm.cli", "client.app"))
 def test_module_imports_nothing_heavy(module: str) -> None:
     code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
@@ -45,5 +51,7 @@ def test_help_takes_less_than_half_a_second() -> None:
         output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if taken[-1] < 0.5:
+            break
     assert "simulate" in output
     assert min(taken) < 0.5

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.codecs import ans
 from fedllm.codecs.base import Reader
-from fedllm.codecs.bits import Codes
-from fedllm.codecs.entropy import Entropy
+from fedllm.codecs.stages import ans
+from fedllm.codecs.stages.bits import Codes
+from fedllm.codecs.stages.entropy import Entropy
 from fedllm.errors import CodecError
 from tests.properties.test_codecs import quick
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.errors import RejectedReply
-from fedllm.lora import (
+from fedllm.errors import RejectedReply, RunFailed
+from strategies.lora.factors import (
     Factors,
     FactorSum,
     align,
@@ -33,6 +33,16 @@ SEEDS = st.integers(0, 2**32 - 1)
 def draw(m: int, n: int, rank: int, seed: int) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     return Factors(torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_matrix_written_as_factors_is_the_matrix(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    factors = complete(matrix)
+    assert factors.rank == min(shape)
+    assert {factors.a.dtype, factors.b.dtype} == {dtype}
+    assert torch.equal(factors.b @ factors.a, matrix)
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -125,9 +135,32 @@ def test_sum_of_replies_is_dense_sum_whatever_the_order(count: int, dense: bool)
     assert len(set(seen)) == 1
 
 
+def test_a_reply_folded_in_half_is_never_part_of_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer has taken it in when memory runs out over the second."""
+    shapes = {"A": (2, 8), "B": (8, 2)}
+    tensors = {f"{layer}.lora_{f}.w": torch.zeros(shapes[f]) for layer in "qv" for f in shapes}
+    total = FactorSum(tensors, [])
+    part = {layer: draw(8, 8, 4, 0) for layer in "qv"}
+    total.add(0, part, {}, 1)
+    left = iter([part["q"].product()])
+
+    def product(self: Factors) -> torch.Tensor:
+        for value in left:
+            return value
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Factors, "product", product)
+        with pytest.raises(MemoryError):
+            total.add(1, part, {}, 1)
+    total.add(2, part, {}, 1)
+    with pytest.raises(RunFailed, match="sum is not whole; go on from the last checkpoint"):
+        total.product("q")
+
+
 def test_too_large_a_reply_is_rejected_and_leaves_no_trace() -> None:
     tensors = {"q.lora_A.w": torch.zeros(2, 8), "q.lora_B.w": torch.zeros(8, 2), "head": torch.zeros(2)}
-    good, huge = draw(8, 8, 2, 0), Factors(torch.full((8, 2), 1e5), torch.full((2, 8), 1e5))
+    good, huge = draw(8, 8, 2, 0), Factors(torch.full((8, 2), 1e5), torch.full((2, 8), 1e14))
     head = {"head": torch.ones(2)}
     clean, tried = FactorSum(tensors, ["head"]), FactorSum(tensors, ["head"])
     for total in (clean, tried):
@@ -171,8 +204,14 @@ def test_an_svd_that_does_not_converge_is_taken_another_way(monkeypatch: pytest.
     factors = draw(11, 6, 3, 1)
     wanted = truncate(factors, 2).product()
 
-    def fail(*_: object, **__: object) -> None:
-        raise torch._C._LinAlgError("linalg.svd: The algorithm failed to converge")
+    refused: list[torch.Tensor] = []
 
-    monkeypatch.setattr(torch.linalg, "svd", fail)
+    def svd(matrix: torch.Tensor, full_matrices: bool) -> object:
+        if not refused or torch.equal(matrix, refused[0]):
+            refused.append(matrix)
+            raise torch._C._LinAlgError("linalg.svd: The algorithm failed to converge")
+        return map(torch.from_numpy, np.linalg.svd(matrix.numpy(), full_matrices))
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
     torch.testing.assert_close(truncate(factors, 2).product(), wanted)
+    assert len(refused) == 1

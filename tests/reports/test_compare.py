@@ -14,7 +14,8 @@ from scipy import stats
 
 from fedllm.config import CodecConfig
 from fedllm.errors import StoreError
-from simulations.compare import Interval, compare, draw, expand, interval, paired, settings, table
+from simulations.results.compare import compare, draw, expand, settings, table
+from simulations.results.intervals import Interval, interval, paired
 from tests.reports.made_up import make_run
 
 ACCURACIES = st.lists(st.floats(0, 1).map(lambda x: round(x, 6)), min_size=2, max_size=8)
@@ -62,6 +63,31 @@ def test_ratios_and_differences_are_against_the_first(tmp_path: Path) -> None:
     assert first["difference"]["accuracy"] is None
     assert second["difference"]["accuracy"]["mean"] == pytest.approx(-0.02)
     assert second["difference"]["perplexity"] is None
+
+
+def test_a_narrow_table_shows_the_metric_that_decides_and_machines_get_all(tmp_path: Path) -> None:
+    runs = {
+        decides: [
+            make_run(
+                tmp_path / f"{decides}-{clients}", (0.5, clients / 10), metric="macro_f1",
+                also={"accuracy": 0.25}, clients=clients, evaluation={"metric": decides},
+            ).folder
+            for clients in (3, 4)
+        ]
+        for decides in ("accuracy", "macro_f1")
+    }  # fmt: skip
+    for decides, folders in runs.items():
+        found = compare(folders)
+        assert [row["macro_f1"]["mean"] for row in found["settings"]] == [0.3, 0.4]
+        assert [row["accuracy"]["mean"] for row in found["settings"]] == [0.25, 0.25]
+        assert found["metrics"][0] == decides
+        (left_out,) = runs.keys() - {decides}
+        printed = _printed(folders)
+        # The first column of the change is of the one that decides.
+        assert decides in printed
+        assert left_out not in printed
+        assert "loss" in printed
+    assert draw(runs["macro_f1"], tmp_path / "out")[0].name == "macro_f1-round.png"
 
 
 def test_runs_that_differ_in_seed_and_name_only_are_repeats(tmp_path: Path) -> None:
@@ -127,6 +153,51 @@ def test_the_table_shows_intervals_of_repeats(tmp_path: Path) -> None:
     assert "95 % interval" in text
 
 
+def test_an_interval_of_two_seeds_says_nothing_and_is_not_shown(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"s{s}", (0.7 + s / 10,), seed=s).folder for s in range(2)]
+    (row,) = compare(folders)["settings"]
+    # Half of it is t(0.975, 1) = 12.706 times 0.0707 / sqrt(2): beyond what an accuracy can be, and not cut.
+    assert row["accuracy"]["high"] == pytest.approx(0.75 + 12.7062 * 0.05, abs=1e-4)
+    assert (row["accuracy"]["n"], row["accuracy"]["means_something"]) == (2, False)
+    text = _printed(folders)
+    assert "±" not in text
+    assert "n = 2" in text
+
+
+def test_clients_that_train_for_themselves_are_not_seeds(tmp_path: Path) -> None:
+    folders = [
+        make_run(
+            tmp_path / f"s{seed}c{client}",
+            (0.5 + client / 10 + seed / 100,),
+            seed=seed,
+            clients=1,
+            data={"part": (client, 4)},
+        ).folder
+        for seed in range(3)
+        for client in range(4)
+    ]
+    (row,) = compare(folders[:4])["settings"]
+    assert row["accuracy"] == {
+        "mean": pytest.approx(0.65), "low": None, "high": None, "n": 1, "means_something": False,
+    }  # fmt: skip
+    text = _printed(folders[:4])
+    assert "4 clients, 1 seed" in text
+    assert "4 seeds" not in text
+    expected = stats.ttest_1samp([0.65, 0.66, 0.67], 0.0).confidence_interval(0.95)
+    text = _printed(folders)
+    assert "4 clients, 3 seeds" in text
+    assert f"±{(expected.high - expected.low) / 2:.4f}" in text
+
+
+def test_all_texts_in_one_place_are_no_client_that_trains_for_itself(tmp_path: Path) -> None:
+    folders = [
+        make_run(tmp_path / f"{part}", (0.5,), clients=1, data={"part": part}).folder
+        for part in [(0, 2), (1, 2), (0, 1)]
+    ]
+    assert len(compare(folders)["settings"]) == 2
+
+
+@pytest.mark.slow
 def test_overlaid_plots(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a").folder, make_run(tmp_path / "b", clients=5).folder]
     drawn = draw(folders, tmp_path / "out")

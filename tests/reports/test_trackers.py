@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fedllm.config import RunConfig
-from fedllm.errors import ConfigError
-from fedllm.store import Round
-from fedllm.trackers import MLflow, TensorBoard
+from fedllm.runs.records import RoundRecord
+from fedllm.runs.trackers import MLflow, TensorBoard
 
 ROUNDS = [
-    Round(round=n, metrics={"accuracy": n / 10, "loss": 1.0}, bytes_up=100 * n, finished_at=1000.0 + n)
+    RoundRecord(round=n, metrics={"accuracy": n / 10, "loss": 1.0}, bytes_up=100 * n, finished_at=1000.0 + n)
     for n in (1, 2)
 ]
 
@@ -67,18 +64,3 @@ def test_mlflow_shows_each_round(tmp_path: Path, failure: Exception | None, stat
     assert run.data.params["training.local_steps"] == "8"
     history = client.get_metric_history(run.info.run_id, "metrics/accuracy")
     assert [(m.step, m.value, m.timestamp) for m in history] == [(1, 0.1, 1001000), (2, 0.2, 1002000)]
-
-
-@pytest.mark.parametrize(
-    ("module", "make", "extra"),
-    [
-        ("torch.utils.tensorboard", lambda folder: TensorBoard(folder, RunConfig()), "tensorboard"),
-        ("mlflow", lambda folder: MLflow(RunConfig(), uri=str(folder)), "mlflow"),
-    ],
-)
-def test_a_missing_library_names_its_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, make: Callable[[Path], object], extra: str
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"is not installed: pip install 'fedllm\[{extra}\]'"):
-        make(tmp_path)

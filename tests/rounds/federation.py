@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flwr.app import Context, Message
 
-from client.place import CONFIG_KEY, FOLDER_KEY
+from client.node import CONFIG_KEY, FOLDER_KEY
 from fedllm.config import RunConfig
-from server.conduct import conduct
-from simulations.loopback import LoopbackGrid, loopback
+from server.rounds.conduct import conduct
+from simulations.engines.loopback import LoopbackGrid, loopback
+from strategies.base import Method
 
 Fault = Callable[[Message], Message | None]
 """Takes a client's reply; returns what reaches the server, or nothing."""
@@ -23,8 +25,13 @@ class FaultyGrid(LoopbackGrid):
     fault: Fault
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        passed = (self.fault(reply) for reply in super().pull_messages(message_ids))
-        return [reply for reply in passed if reply is not None]
+        """Return the next reply that is not lost: silence is what follows when there is no other."""
+        wanted = set(message_ids)
+        while self._queue:
+            passed = [self.fault(reply) for reply in super().pull_messages(wanted)]
+            if found := [reply for reply in passed if reply is not None]:
+                return found
+        return []
 
 
 class DeviceGrid(FaultyGrid):
@@ -52,6 +59,12 @@ def configuration(encoder: Path, texts: Path, **sections: Any) -> RunConfig:
             **sections,
         }
     )
+
+
+def let_measure(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> None:
+    """Let the server measure these accuracies, one after the other."""
+    values = iter(accuracies)
+    monkeypatch.setattr(Method, "score", lambda self, model, test: {"accuracy": next(values)})
 
 
 def run(

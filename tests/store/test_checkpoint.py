@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm import checkpoint
 from fedllm.errors import StoreError
+from fedllm.runs import checkpoint
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
@@ -171,3 +171,13 @@ def test_nonsense_is_refused(tmp_path: Path, arguments: dict[str, Any]) -> None:
     given: dict[str, Any] = {"number": 1, "tensors": {"tensors": {}}, "facts": {}, **arguments}
     with pytest.raises(ValueError, match="not a checkpoint"):
         checkpoint.save(tmp_path, **given)
+
+
+def test_later_checkpoints_are_forgotten(tmp_path: Path) -> None:
+    for number in (3, 4, 5):
+        checkpoint.save(tmp_path, number, {}, {}, keep=3)
+    checkpoint.forget(tmp_path, 4)
+    assert checkpoint.numbers(tmp_path) == [3, 4]
+    checkpoint.forget(tmp_path, -1)
+    assert checkpoint.numbers(tmp_path) == []
+    checkpoint.forget(tmp_path / "missing", 0)

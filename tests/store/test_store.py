@@ -16,9 +16,11 @@ import pytest
 
 from fedllm.config import RunConfig, ServerConfig
 from fedllm.errors import StoreError
-from fedllm.provenance import provenance
-from fedllm.runs import Run, find
-from fedllm.store import Entry, NodeRound, Round, RunStore
+from fedllm.runs.identity import provenance
+from fedllm.runs.ledger import Entry
+from fedllm.runs.reader import Run, find
+from fedllm.runs.records import NodeRound, RoundRecord
+from fedllm.runs.writer import RunStore
 
 CONFIG = RunConfig(
     name="trial", clients=4, rounds=3, seed=7, server=ServerConfig(sample=2), options={"mu": 0.5}
@@ -27,18 +29,18 @@ CONFIG = RunConfig(
 SUMMARY_OF_DESIGN = json.loads(
     """{"schema": 1, "name": "", "status": "finished", "method": "fedavg|lora|fwdllm|fedkd", "model": "",
  "dataset": "", "seed": 0, "clients": 10, "rounds": 10,
- "metrics": {"accuracy": 0.0, "loss": 0.0, "perplexity": null, "warm_accuracy": null},
- "best": {"accuracy": 0.0, "round": 0},
+ "metrics": {"accuracy": 0.0, "macro_f1": 0.0, "loss": 0.0, "perplexity": null, "warm_accuracy": null},
+ "best": {"accuracy": 0.0, "round": 0, "metric": "", "value": 0.0}, "fairness": null, "ended_early": null,
  "bytes": {"up": 0, "down": 0, "setup_up": 0, "up_per_client_round": 0.0, "dense_up": 0, "dense_down": 0,
            "reference_total": 0, "wire_up": null, "wire_down": null},
- "seconds": {"total": 0.0, "client_compute": 0.0, "overhead": 0.0},
+ "seconds": {"total": 0.0, "client_compute": 0.0, "overhead": 0.0, "simulated": null},
  "memory": {"peak_rss_bytes": 0}, "passes": {"forward": 0, "backward": 0},
  "privacy": {"epsilon": null, "delta": null}, "failures": 0, "rejected": 0,
  "state_sha256": "hash of the final global trainable tensors, name-sorted, raw bytes"}"""
 )
 LINE_OF_DESIGN = [
-    "round", "accuracy", "loss", "bytes_up", "bytes_down", "seconds", "participants", "failures", "rejected",
-    "peak_rss_bytes",
+    "round", "accuracy", "macro_f1", "loss", "bytes_up", "bytes_down", "seconds", "participants", "failures",
+    "rejected", "peak_rss_bytes",
 ]  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def entries(round: int, nodes: tuple[int, ...] = (0, 2)) -> list[Entry]:
     return up + [Entry(round, node, "down", kind, "instruction", 7) for node in nodes]
 
 
-def commit(store: RunStore, round: int, **values: object) -> Round:
+def commit(store: RunStore, round: int, **values: object) -> RoundRecord:
     facts: dict[str, object] = {
         "metrics": {"accuracy": 0.5 + round / 10, "loss": 1.0 / (round + 1)},
         **values,
@@ -61,7 +63,7 @@ def commit(store: RunStore, round: int, **values: object) -> Round:
         NodeRound(round=round, node=0, status="accepted", loss=0.3, examples=5),
         NodeRound(round=round, node=2, status="rejected", reason="update norm 9.1 exceeds 5"),
     ]
-    record = Round(round=round, participants=1, rejected=1, client_compute=0.001, **facts)  # type: ignore[arg-type]
+    record = RoundRecord(round=round, participants=1, rejected=1, client_compute=0.001, **facts)  # type: ignore[arg-type]
     return store.round(record, nodes, entries(round))
 
 
@@ -85,7 +87,14 @@ def test_summary_says_what_happened(tmp_path: Path) -> None:
     with RunStore.create(tmp_path / "run", CONFIG) as store:
         commit(store, 0, metrics={"accuracy": 0.4})
         commit(store, 1, metrics={"accuracy": 0.9, "loss": 0.2}, peak_rss_bytes=50, forward=3, backward=2.5)
-        commit(store, 2, metrics={"accuracy": 0.8, "loss": 0.3}, peak_rss_bytes=40, forward=1, failures=2)
+        commit(
+            store,
+            2,
+            metrics={"accuracy": 0.8, "macro_f1": 0.7, "loss": 0.3},
+            peak_rss_bytes=40,
+            forward=1,
+            failures=2,
+        )
         commit(store, 3, metrics={}, reference_bytes=1000, epsilon=2.0, delta=1e-5, state_sha256="ab")
         summary = store.finish("finished", wire_up=99)
     assert summary == texts(tmp_path / "run")[1]
@@ -95,8 +104,12 @@ def test_summary_says_what_happened(tmp_path: Path) -> None:
     assert summary == {
         "schema": 1, "name": "trial", "status": "finished", "method": "lora", "model": "minilm",
         "dataset": "bbcnews", "seed": 7, "clients": 4, "rounds": 3,
-        "metrics": {"accuracy": 0.8, "loss": 0.3, "perplexity": None, "warm_accuracy": 0.4},
-        "best": {"accuracy": 0.9, "round": 1},
+        "metrics": {
+            "accuracy": 0.8, "macro_f1": 0.7, "loss": 0.3, "perplexity": None, "warm_accuracy": 0.4,
+        },
+        "best": {"accuracy": 0.9, "round": 1, "metric": "accuracy", "value": 0.9},
+        "fairness": None,
+        "ended_early": None,
         # two nodes, rounds 0 to 3: up 10, 11, 12, 13 each; down 7 each, nothing dense about it
         "bytes": {"up": 92, "down": 56, "setup_up": 20, "up_per_client_round": 12.0, "dense_up": 800,
                   "dense_down": 56, "reference_total": 1000, "wire_up": 99, "wire_down": None},
@@ -105,20 +118,102 @@ def test_summary_says_what_happened(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_setup_is_in_the_database_but_not_a_line_of_rounds(tmp_path: Path) -> None:
+def test_the_starting_point_is_a_round_like_any_other(tmp_path: Path) -> None:
     with RunStore.create(tmp_path / "run", CONFIG) as store:
-        commit(store, 0)
-        commit(store, 1)
-    assert [line["round"] for line in texts(tmp_path / "run")[0]] == [1]
+        store.round(RoundRecord(round=0, metrics={"accuracy": 0.6, "loss": 2.0}), [], entries(0))
+        commit(store, 1, metrics={"accuracy": 0.5, "loss": 3.0})
+    lines, summary = texts(tmp_path / "run")
+    assert [list(line) for line in lines] == [LINE_OF_DESIGN] * 2
+    assert [line["accuracy"] for line in lines] == [0.6, 0.5]
+    assert [line["bytes_up"] for line in lines] == [20, 22]
     assert [record.round for record in Run(tmp_path / "run").rounds()] == [0, 1]
+    # The newest is the last, the best may be where training started, and nobody has warmed anything.
+    told = {key: value for key, value in summary["metrics"].items() if value is not None}
+    assert told == {"accuracy": 0.5, "loss": 3.0}
+    assert summary["best"] == {"accuracy": 0.6, "round": 0, "metric": "accuracy", "value": 0.6}
 
 
-def test_without_classes_the_best_round_is_that_of_the_lowest_loss(tmp_path: Path) -> None:
+def test_runs_of_earlier_versions_have_their_starting_point(tmp_path: Path) -> None:
     with RunStore.create(tmp_path / "run", CONFIG) as store:
-        for round, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
-            commit(store, round, metrics={"loss": loss, "perplexity": 9.0})
-        assert store.summary()["best"] == {"accuracy": None, "round": 2}
-        assert store.summary()["metrics"]["perplexity"] == 9.0
+        store.round(RoundRecord(round=0, details={"initial": {"accuracy": 0.25, "loss": 1.5}}))
+        commit(store, 1)
+    (start, first) = Run(tmp_path / "run").rounds()
+    assert (start.metrics, start.details) == ({"accuracy": 0.25, "loss": 1.5}, {})
+    assert first.metrics["accuracy"] == 0.6
+    RunStore.open(tmp_path / "run").close()
+    assert texts(tmp_path / "run")[0][0]["accuracy"] == 0.25
+
+
+BEST: dict[str, tuple[dict[str, object], list[dict[str, float]], dict[str, object]]] = {
+    "lowest": (
+        {"model": {"task": "causal"}},
+        [{"perplexity": 9.0}, {"perplexity": 7.0}, {"perplexity": 8.0}],
+        {"round": 1, "metric": "perplexity", "value": 7.0, "accuracy": None},
+    ),
+    "earliest of equals": (
+        {},
+        [{"accuracy": 0.5}, {"accuracy": 0.75}, {"accuracy": 0.75}, {"accuracy": 0.25}],
+        {"round": 1, "metric": "accuracy", "value": 0.75, "accuracy": 0.75},
+    ),
+    "by another metric": (
+        {"evaluation": {"metric": "macro_f1"}},
+        [{"accuracy": 0.75, "macro_f1": 0.25}, {"accuracy": 0.5, "macro_f1": 0.5}],
+        {"round": 1, "metric": "macro_f1", "value": 0.5, "accuracy": 0.5},
+    ),
+    "no number is none": (
+        {"evaluation": {"metric": "loss"}},
+        [{"loss": float("nan")}, {"loss": 2.0, "accuracy": 0.5}, {"loss": float("-inf")}],
+        {"round": 1, "metric": "loss", "value": 2.0, "accuracy": 0.5},
+    ),
+    "nothing measured": (
+        {},
+        [{}, {}],
+        {"round": None, "metric": "accuracy", "value": None, "accuracy": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEST)
+def test_the_best_round_is_that_of_the_metric_that_decides(tmp_path: Path, case: str) -> None:
+    sections, scores, best = BEST[case]
+    folder = tmp_path / "run"
+    with RunStore.create(folder, RunConfig.model_validate({"name": "trial", **sections})) as store:
+        for number, metrics in enumerate(scores):
+            store.round(RoundRecord(round=number, metrics=metrics))
+    assert texts(folder)[1]["best"] == best
+    # Read back, where null stands for what is no number, it is the same.
+    RunStore.open(folder).close()
+    assert texts(folder)[1]["best"] == best
+    found = Run(folder).best
+    assert (found and found.round, found and found.value) == (best["round"], best["value"])
+
+
+def test_tries_are_counted_from_where_more_rounds_were_last_given(
+    tmp_path: Path,
+) -> None:
+    config = RunConfig.model_validate({"name": "trial", "rounds": 4, "evaluation": {"patience": 9}})
+    with RunStore.create(tmp_path / "run", config) as store:
+        for number in range(5):  # the starting point is the best
+            store.round(RoundRecord(round=number, metrics={"accuracy": 0.5 - number / 10}))
+        assert store.tries == 4
+        store.extend(6)
+        assert store.tries == 0
+        store.truncate(1)
+        store.extend(6)
+        for number in (2, 3):
+            store.round(RoundRecord(round=number, metrics={"accuracy": 0.1}))
+        assert store.tries == 2
+    with RunStore.open(tmp_path / "run") as store:
+        assert store.tries == 2
+
+
+def test_every_metric_that_is_measured_is_told(tmp_path: Path) -> None:
+    with RunStore.create(tmp_path / "run", CONFIG) as store:
+        commit(store, 1, metrics={"loss": 1.5, "perplexity": 4.5, "spearman": 0.25})
+    lines, summary = texts(tmp_path / "run")
+    told = {key: value for key, value in summary["metrics"].items() if value is not None}
+    assert told == {"loss": 1.5, "perplexity": 4.5, "spearman": 0.25}
+    assert (lines[0]["perplexity"], lines[0]["spearman"]) == (4.5, 0.25)
 
 
 def test_overhead_is_unknown_where_clients_compute_side_by_side(tmp_path: Path) -> None:
@@ -149,13 +244,14 @@ def test_configuration_and_provenance_read_back(tmp_path: Path) -> None:
 
 def test_partition_counts_classes_per_client(tmp_path: Path) -> None:
     with RunStore.create(tmp_path / "run", CONFIG) as store:
-        store.partition([[0, 3], [1, 2]], [0, 1, 1, 1], ["sport", "tech"])
+        store.partition([[0, 3], [1, 2]], [0, 1, 1, 1], ["sport", "tech"], [2, 5])
     assert Run(tmp_path / "run").partition == {
         "label_names": ["sport", "tech"],
         "clients": [
             {"node": 0, "examples": 2, "labels": [1, 1], "indices": [0, 3]},
             {"node": 1, "examples": 2, "labels": [0, 2], "indices": [1, 2]},
         ],
+        "held_out": [2, 5],
     }
 
 
@@ -218,7 +314,7 @@ def test_rounds_come_in_order_with_their_own_rows(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="round 3 cannot follow round 1"):
             commit(store, 3)
         with pytest.raises(StoreError, match="round 2 was given rows of round 1"):
-            store.round(Round(round=2), [], entries(1))
+            store.round(RoundRecord(round=2), [], entries(1))
         assert store.last_round == 1
 
 
@@ -228,7 +324,7 @@ def test_a_round_enters_wholly_or_not_at_all(tmp_path: Path) -> None:
         before = store.summary()["bytes"]
         broken = [Entry(2, 0, "up", "fit", "update", None)]  # type: ignore[arg-type]
         with pytest.raises((StoreError, TypeError)):
-            store.round(Round(round=2), [NodeRound(round=2, node=0, status="late")], broken)
+            store.round(RoundRecord(round=2), [NodeRound(round=2, node=0, status="late")], broken)
         assert store.summary()["bytes"] == before
         run = Run(store.folder)
         assert [record.round for record in run.rounds()] == [1]
@@ -243,10 +339,10 @@ def test_a_full_disk_is_one_sentence_and_the_run_stays_whole(tmp_path: Path) -> 
         store._connection.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own way to be full
         many = [NodeRound(round=2, node=n, status="late", reason="x" * 500) for n in range(100)]
         with pytest.raises(StoreError, match=r"^disk full at .*: free space, then fedllm resume .*/run$"):
-            store.round(Round(round=2), many)
+            store.round(RoundRecord(round=2), many)
         store._connection.execute("PRAGMA max_page_count = 1000000")
         assert store.last_round == 1
-        store.round(Round(round=2), many)
+        store.round(RoundRecord(round=2), many)
     assert [record.round for record in Run(tmp_path / "run").rounds()] == [1, 2]
 
 
@@ -254,7 +350,8 @@ def test_a_running_folder_is_refused_with_the_pid(tmp_path: Path) -> None:
     with RunStore.create(tmp_path / "run", CONFIG) as store:
         commit(store, 1)
         code = (
-            "import sys, pathlib; from fedllm.store import RunStore; RunStore.open(pathlib.Path(sys.argv[1]))"
+            "import sys, pathlib; from fedllm.runs.writer import RunStore;"
+            "RunStore.open(pathlib.Path(sys.argv[1]))"
         )
         done = subprocess.run([sys.executable, "-c", code, str(store.folder)], capture_output=True, text=True)
         assert f"is being run by process {os.getpid()}" in done.stderr
@@ -270,10 +367,10 @@ def test_a_forked_child_does_not_keep_the_folder(tmp_path: Path) -> None:
     store = RunStore.create(tmp_path / "run", CONFIG)
     code = (
         "import os, sys, pathlib, time\n"
-        "from fedllm.store import RunStore\n"
+        "from fedllm.runs.writer import RunStore\n"
         "store = RunStore.open(pathlib.Path(sys.argv[1]))\n"
         "child = os.fork()\n"
-        "if child == 0:\n    time.sleep(60)\n"
+        "if child == 0:\n    time.sleep(3600)\n"
         "print(child, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -283,7 +380,7 @@ def test_a_forked_child_does_not_keep_the_folder(tmp_path: Path) -> None:
     )
     assert done.stdout is not None
     child = int(done.stdout.readline())
-    done.wait(timeout=30)
+    done.wait()
     try:
         RunStore.open(store.folder).close()
     finally:

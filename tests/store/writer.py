@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
-from fedllm import checkpoint, run_database
 from fedllm.config import RunConfig
-from fedllm.store import Entry, NodeRound, Round, RunStore
+from fedllm.runs import checkpoint
+from fedllm.runs.ledger import Entry
+from fedllm.runs.records import FILE, NodeRound, RoundRecord
+from fedllm.runs.writer import RunStore
 
 CONFIG = RunConfig(clients=3, rounds=10**6)
 
@@ -20,7 +22,7 @@ def state_after(round: int) -> torch.Tensor:
 
 
 def write(folder: Path) -> None:
-    fresh = not (folder / run_database.FILE).exists()
+    fresh = not (folder / FILE).exists()
     store = RunStore.create(folder, CONFIG) if fresh else RunStore.open(folder)
     last = checkpoint.latest(folder / "checkpoints")
     store.truncate(last.number if last else -1)
@@ -28,7 +30,7 @@ def write(folder: Path) -> None:
         round = store.last_round + 1
         nodes = [NodeRound(round=round, node=node, status="accepted") for node in range(3)]
         entries = [Entry(round, node, "up", "fit", "update", round) for node in range(3)]
-        store.round(Round(round=round, metrics={"loss": 1.0 / round}), nodes, entries)
+        store.round(RoundRecord(round=round, metrics={"loss": 1.0 / round}), nodes, entries)
         checkpoint.save(
             folder / "checkpoints", round, {"tensors": {"w": state_after(round)}}, {"round": round}
         )

@@ -8,7 +8,7 @@ from nicegui import app as inner
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.dashboard.desk import Desk
+from server.dashboard.actions.operations import Operations
 from server.dashboard.pages import access, layout, nodes, run, runs, start
 
 __all__ = ["attach"]
@@ -30,11 +30,11 @@ async def _missing(request: Request, error: Exception) -> Response:
     return client.build_response(request, 404)
 
 
-def attach(app: FastAPI, desk: Desk) -> None:
+def attach(app: FastAPI, ops: Operations) -> None:
     """Put the pages at the root of an application; NiceGUI allows one such application in a process."""
     layout.dress()
     for page in (runs, run, nodes, start, access):
-        page.register(desk)
+        page.register(ops)
     inner.add_exception_handler(404, _missing)
     ui.run_with(
         app,

@@ -9,18 +9,18 @@ from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
-from server.dashboard.access import ROLES, Principal
-from server.dashboard.desk import Desk
-from server.dashboard.pages.layout import act, empty, frame, heading, lever, sure
+from server.dashboard.actions.operations import Operations
+from server.dashboard.door.access import ROLES, Principal
+from server.dashboard.pages.layout import act, empty, frame, heading, lever, on_top, page, sure
 from server.dashboard.pages.logs import audit_line
 
 __all__ = ["register"]
 
 
-def register(desk: Desk) -> None:
+def register(ops: Operations) -> None:
     """Serve ``/access``."""
 
-    @ui.page("/access")
+    @page("/access")
     async def access_page(request: Request) -> None:
         with frame(request, "Access") as who:
             heading("Access")
@@ -28,13 +28,19 @@ def register(desk: Desk) -> None:
                 empty("This is for operators", "Ask one of them to change what you may do.")
                 return
             with ui.element("div").classes("cards"):
-                _Names(desk, who, "Users", "password", desk.accounts.users, desk.add_user, desk.remove_user)
                 _Names(
-                    desk, who, "API tokens", "token", desk.accounts.tokens, desk.add_token, desk.remove_token
+                    who,
+                    "Users",
+                    "password",
+                    ops.accounts.users,
+                    ops.add_user,
+                    ops.remove_user,
+                    renew=ops.renew_password,
                 )
+                _Names(who, "API tokens", "token", ops.accounts.tokens, ops.add_token, ops.remove_token)
             with ui.element("section").classes("panel"):
                 heading("Audit log", 2)
-                noted = await beside(desk.audit_log)
+                noted = await beside(ops.audit_log, who)
                 ui.label("\n".join(map(audit_line, noted))).classes("log")
 
 
@@ -43,15 +49,16 @@ class _Names:
 
     def __init__(
         self,
-        desk: Desk,
         who: Principal,
         title: str,
         secret: str,
         held: Callable[[], list[dict[str, Any]]],
         add: Callable[..., str],
         remove: Callable[..., None],
+        renew: Callable[..., str] | None = None,
     ) -> None:
-        self.who, self.secret, self.held, self.add, self.remove = who, secret, held, add, remove
+        self.who, self.secret, self.held = who, secret, held
+        self.add, self.remove, self.renew = add, remove, renew
         with ui.element("section").classes("panel"):
             heading(title, 2)
             self.rows = ui.element("div")
@@ -67,7 +74,10 @@ class _Names:
             for row in self.held():
                 with ui.element("div").classes("row apart"):
                     ui.label(f"{row['name']} ({row['role']})")
-                    lever("Remove", self._remover(row["name"]), who=self.who, style="danger")
+                    with ui.element("div").classes("row"):
+                        if self.renew is not None:
+                            lever("New password", self._renewer(row["name"], self.renew), who=self.who)
+                        lever("Remove", self._remover(row["name"]), who=self.who, style="danger")
 
     def _remover(self, name: str) -> Callable[[], Any]:
         async def remove() -> None:
@@ -78,13 +88,23 @@ class _Names:
 
         return remove
 
+    def _renewer(self, name: str, renew: Callable[..., str]) -> Callable[[], Any]:
+        async def ask() -> None:
+            if await sure(f"Give {name} a new password? The one it has works no more.", "Renew", "Keep"):
+                self._tell(name, await act(lambda: renew(self.who, name), f"{name} has a new password"))
+
+        return ask
+
     async def _add(self) -> None:
         name = self.name.value
-        made = await act(lambda: self.add(self.who, name, self.role.value), f"{name} is added")
+        self._tell(name, await act(lambda: self.add(self.who, name, self.role.value), f"{name} is added"))
+        self._show()
+
+    def _tell(self, name: str, made: str | None) -> None:
+        """Show what was made, this once; nothing where it was refused."""
         if made is None:
             return
-        self._show()
-        with ui.dialog() as dialog, ui.card():
+        with on_top() as dialog, ui.card():
             ui.label(f"The {self.secret} of {name}, shown this once:")
             ui.label(made).classes("secret")
             ui.button("I have noted it", on_click=dialog.close).props("no-caps")

@@ -7,9 +7,9 @@ from typing import Any
 from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
 
-from fedllm.run_database import NodeRound
+from fedllm.runs.records import NodeRound
 from fedllm.wording import human_bytes, human_seconds, number
-from server.dashboard.desk import Desk
+from server.dashboard.actions.operations import Operations
 from server.dashboard.pages.table import Table, column
 
 __all__ = ["Answers"]
@@ -31,8 +31,8 @@ _COLUMNS = [
 class Answers:
     """Chooses a round, by default the last, and shows it."""
 
-    def __init__(self, desk: Desk, name: str) -> None:
-        self._desk, self._name = desk, name
+    def __init__(self, ops: Operations, name: str) -> None:
+        self._ops, self._name = ops, name
         self._newest = True
         self.choice = (
             ui.select([], label="Round", on_change=self._chosen)
@@ -53,7 +53,7 @@ class Answers:
         if number_ is None:
             return
         self._newest = number_ == self.choice.options[0]
-        stored = self._desk.shelf.run(self._name)
+        stored = self._ops.index.run(self._name)
         rows = await beside(lambda: stored.nodes(round=number_))
         moved = await beside(lambda: stored.traffic(("node", "direction", "exchange"), round=number_))
         bytes_ = {(row["node"], row["direction"], row["exchange"]): row["bytes"] for row in moved}

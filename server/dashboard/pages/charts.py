@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
-from fedllm.run_database import Round
-from server.dashboard.shelf import Traffic
+from fedllm.measures import in_order
+from fedllm.runs.records import RoundRecord
+from fedllm.runs.summary import SIMULATED, simulated_seconds
+from server.dashboard.reading.runs import Traffic
 
 __all__ = [
     "AXES",
     "UNITS",
+    "axes",
     "compression",
     "fact_names",
     "facts",
@@ -21,12 +24,18 @@ __all__ = [
     "traffic",
 ]
 
-Axis = Literal["round", "bytes", "seconds"]
-AXES: tuple[Axis, ...] = ("round", "bytes", "seconds")
+Axis = Literal["round", "bytes", "seconds", "simulated"]
+AXES: tuple[Axis, ...] = ("round", "bytes", "seconds", "simulated")
 UNITS = ("bytes", "times fewer than dense")
 _ACCENT, _SECOND, _SOFT, _LINE = "#2a8f99", "#c98a2b", "#7f8b9b", "rgba(128,140,155,0.25)"
-_UNITS = {"round": "round", "bytes": "MB moved", "seconds": "seconds"}
-_NO_CURVE = ("accepted", "initial", "clients")
+_UNITS = {
+    "round": "round",
+    "bytes": "MB moved",
+    "seconds": "seconds",
+    "simulated": "seconds of simulated devices",
+}
+_NO_CURVE = ("accepted", "clients")
+_WORST = "worst tenth of clients, own texts"
 _TOGETHER = (("directions", "variance"), ("energy", "rank"))
 """What a method's paper looks at side by side: FwdLLM's pacing, FedKD's truncation."""
 _FIRST = ("directions", "variance", "energy", "rank", "epsilon", "loss")
@@ -34,26 +43,29 @@ _MANY = 60
 """Bars from which on gaps between them would only blur."""
 
 
-def metric_names(rounds: Sequence[Round]) -> list[str]:
-    """Return the metrics that were measured, the one people ask for first."""
-    seen = {name for record in rounds for name in record.metrics}
-    first = [name for name in ("accuracy", "perplexity", "loss") if name in seen]
-    return first + sorted(seen - set(first))
+def axes(rounds: Sequence[RoundRecord]) -> list[Axis]:
+    """Return what quality is drawn against; simulated time only where devices were simulated."""
+    return [axis for axis in AXES if axis != "simulated" or simulated_seconds(rounds) is not None]
 
 
-def quality(rounds: Sequence[Round], metric: str, axis: Axis) -> dict[str, Any]:
-    """Draw a metric against rounds, bytes moved so far, or seconds so far."""
+def metric_names(rounds: Sequence[RoundRecord], first: str) -> list[str]:
+    """Return the metrics that were measured, the one that decides first."""
+    return in_order({name for record in rounds for name in record.metrics}, first)
+
+
+def quality(rounds: Sequence[RoundRecord], metric: str, axis: Axis) -> dict[str, Any]:
+    """Draw a metric against rounds, bytes moved so far, or seconds so far; that of the worst clients too."""
     positions: dict[Axis, list[float]] = {
         "round": [float(record.round) for record in rounds],
         "bytes": [total / 1e6 for total in accumulate(r.bytes_up + r.bytes_down for r in rounds)],
         "seconds": list(accumulate(record.seconds for record in rounds)),
+        "simulated": list(accumulate(record.details.get(SIMULATED, 0.0) for record in rounds)),
     }
-    points = [
-        [x, record.metrics[metric]]
-        for x, record in zip(positions[axis], rounds, strict=True)
-        if record.metrics.get(metric) is not None
-    ]
-    return _lines({metric: points}, _UNITS[axis], whole=axis == "round")
+    told = list(zip(positions[axis], rounds, strict=True))
+    points = [[x, record.metrics[metric]] for x, record in told if record.metrics.get(metric) is not None]
+    spreads = [(x, record.details.get("spread", {}).get(metric)) for x, record in told]
+    worst = {_WORST: [[x, spread["worst_tenth"]] for x, spread in spreads if spread]}
+    return _lines({metric: points} | (worst if worst[_WORST] else {}), _UNITS[axis], whole=axis == "round")
 
 
 def traffic(moved: Sequence[Traffic]) -> dict[str, Any]:
@@ -90,7 +102,7 @@ def compression(moved: Sequence[Traffic]) -> dict[str, Any]:
     return _lines(curves, "round", whole=True)
 
 
-def fact_names(rounds: Sequence[Round]) -> list[str]:
+def fact_names(rounds: Sequence[RoundRecord]) -> list[str]:
     """Return what else was recorded by round, what its paper looks at first; ``a, b`` are drawn together."""
     names = {
         name
@@ -108,7 +120,7 @@ def _rank(name: str) -> int:
     return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
 
-def facts(rounds: Sequence[Round], name: str) -> dict[str, Any]:
+def facts(rounds: Sequence[RoundRecord], name: str) -> dict[str, Any]:
     """Draw one of :func:`fact_names` against rounds; of two that stand together, each has its own scale."""
     curves = {
         one: [

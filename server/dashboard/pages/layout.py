@@ -13,8 +13,8 @@ from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
 from fedllm.errors import FedllmError
-from server.dashboard.access import Principal
-from server.dashboard.desk import Desk
+from server.dashboard.actions.operations import Operations
+from server.dashboard.door.access import Principal
 
 __all__ = [
     "TICK_S",
@@ -25,6 +25,8 @@ __all__ = [
     "frame",
     "heading",
     "lever",
+    "on_top",
+    "page",
     "principal",
     "sure",
     "watch",
@@ -36,11 +38,29 @@ Result = TypeVar("Result")
 _LINKS = (("Runs", "/"), ("New run", "/start"), ("Nodes", "/nodes"), ("Access", "/access"))
 
 
+# A page that lost its connection for good, since the dashboard was started anew, would stand still for ever.
+_SIGN_IN = """<script>
+function signIn() {
+  location.href = "/login?next=" + encodeURIComponent(location.pathname + location.search);
+}
+setInterval(async () => {
+  if (!window.socket || window.socket.connected) return;
+  try { if ((await fetch("/api/session")).status === 401) signIn(); } catch { /* it is still away */ }
+}, 3000);
+</script>"""
+
+
+def page(path: str) -> ui.page:
+    """Serve a page; a run of thousands of nodes may take its time on a busy host."""
+    return ui.page(path, response_timeout=60.0)
+
+
 def dress() -> None:
     """Give every page the style sheet."""
     style = files("server.dashboard.pages").joinpath("style.css").read_text(encoding="utf-8")
     ui.add_css(style, shared=True)
     ui.add_head_html('<meta name="color-scheme" content="light dark">', shared=True)
+    ui.add_head_html(_SIGN_IN, shared=True)
 
 
 def principal(request: Request) -> Principal:
@@ -131,22 +151,32 @@ async def act(work: Callable[[], Result], said: str) -> Result | None:
 
 async def sure(question: str, yes: str, no: str) -> bool:
     """Ask before what cannot be taken back."""
-    with ui.dialog() as dialog, ui.card():
+    with on_top() as dialog, ui.card():
         ui.label(question)
         with ui.element("div").classes("row"):
             ui.button(yes, on_click=lambda: dialog.submit(True), color="negative").props("no-caps")
             ui.button(no, on_click=lambda: dialog.submit(False)).props("flat no-caps")
-    return bool(await dialog)
+    try:
+        return bool(await dialog)
+    finally:
+        dialog.delete()
 
 
-def watch(desk: Desk, who: Principal, look: Callable[[], object]) -> None:
+@contextmanager
+def on_top() -> Iterator[ui.dialog]:
+    """A dialog of the page itself: one made inside the button's own panel goes when that panel is redrawn."""
+    with ui.context.client.content, ui.dialog() as dialog:
+        yield dialog
+
+
+def watch(ops: Operations, who: Principal, look: Callable[[], object]) -> None:
     """Call ``look`` every tick while somebody has the page open and is logged in; say what it cannot see."""
     said = ""
 
     async def tick() -> None:
         nonlocal said
-        if not desk.goes_on(who, touch=False):
-            ui.navigate.to("/login")
+        if not ops.goes_on(who, touch=False):
+            ui.run_javascript("signIn()")
             return
         try:
             outcome = look()

@@ -9,8 +9,8 @@ from typing import Any
 from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
 
-from fedllm.runs import Event, NodeLog
-from server.dashboard.desk import Desk
+from fedllm.runs.records import Event, NodeLog
+from server.dashboard.actions.operations import Operations
 from server.dashboard.pages.layout import heading
 
 __all__ = ["Logs", "audit_line"]
@@ -23,8 +23,8 @@ _NO_LINES = "Nothing: only nodes of a federation send lines of their log, with t
 class Logs:
     """Three logs, newest lines last, followed while the run goes on."""
 
-    def __init__(self, desk: Desk, name: str) -> None:
-        self._desk, self._name = desk, name
+    def __init__(self, ops: Operations, name: str) -> None:
+        self._ops, self._name = ops, name
         self._last_event, self._last_node_log = 0, 0
         self.events = _log("What happened")
         self.server = _log("What the server's process printed")
@@ -34,7 +34,7 @@ class Logs:
 
     async def look(self) -> None:
         """Show what is new in the run's store."""
-        stored = self._desk.shelf.run(self._name)
+        stored = self._ops.index.run(self._name)
         happened = await beside(stored.events, self._last_event, 10_000)
         if happened:
             self._last_event = happened[-1].id
@@ -46,7 +46,7 @@ class Logs:
 
     def look_at_server(self) -> None:
         """Show what the server's process has printed since."""
-        said = self._desk.launcher.log(self._name)
+        said = self._ops.launcher.log(self._name)
         if said and said != self.server.text:
             self.server.text = said
 

@@ -6,25 +6,25 @@ from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
-from server.dashboard.access import Principal
-from server.dashboard.desk import Desk
-from server.dashboard.federation import FederationNode
-from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, sure, watch
+from server.dashboard.actions.federation import FederationNode
+from server.dashboard.actions.operations import Operations
+from server.dashboard.door.access import Principal
+from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, page, sure, watch
 from server.dashboard.pages.node_table import NodeTable
 
 __all__ = ["register"]
 
 
-def register(desk: Desk) -> None:
+def register(ops: Operations) -> None:
     """Serve ``/nodes``."""
 
-    @ui.page("/nodes")
+    @page("/nodes")
     async def nodes_page(request: Request, run_name: str = "") -> None:
-        views = await beside(desk.shelf.overviews)
+        views = await beside(ops.index.overviews)
         with frame(request, "Nodes") as who:
             heading("Nodes")
-            if desk.federation is not None:
-                await _draw_federation(desk, who)
+            if ops.federation is not None:
+                await _draw_federation(ops, who)
             readable = [view.name for view in views if view.method]
             if not readable:
                 empty("No run has met a node yet", "Nodes show here once a run has asked them something.")
@@ -40,22 +40,22 @@ def register(desk: Desk) -> None:
                 ).props("dense outlined")
                 known = next(view for view in views if view.name == chosen)
                 ui.label(f"{known.method} on {known.model}").classes("soft")
-            table = NodeTable(desk, who, chosen, leave_out=("loss", "transfer", "moved"))
+            table = NodeTable(ops, who, chosen, leave_out=("loss", "transfer", "moved"))
 
             async def look() -> None:
-                live = (await beside(desk.shelf.overview, chosen)).live
-                table.show(await beside(desk.shelf.nodes, chosen), live=live)
+                live = (await beside(ops.index.overview, chosen)).live
+                table.show(await beside(ops.index.nodes, chosen), live=live)
 
             await look()
-            watch(desk, who, look)
+            watch(ops, who, look)
 
 
-async def _draw_federation(desk: Desk, who: Principal) -> None:
+async def _draw_federation(ops: Operations, who: Principal) -> None:
     panel = ui.element("div").classes("panel").style("margin-top: 1rem")
     shown: list[FederationNode] = []
 
     async def look() -> None:
-        found = await beside(desk.federation_nodes)
+        found = await beside(ops.federation_nodes)
         if found == shown:
             return
         shown[:] = found
@@ -63,16 +63,16 @@ async def _draw_federation(desk: Desk, who: Principal) -> None:
         with panel:
             heading("Of this federation", 2)
             for node in found:
-                _draw_node(desk, who, node)
+                _draw_node(ops, who, node)
 
     await look()
-    watch(desk, who, look)
+    watch(ops, who, look)
 
 
-def _draw_node(desk: Desk, who: Principal, node: FederationNode) -> None:
+def _draw_node(ops: Operations, who: Principal, node: FederationNode) -> None:
     async def revoke() -> None:
         if await sure(f"Forbid node {node.node} to join, for ever?", "Revoke", "Keep"):
-            await act(lambda: desk.revoke(who, node.node), f"node {node.node} may not join any more")
+            await act(lambda: ops.revoke(who, node.node), f"node {node.node} may not join any more")
 
     with ui.element("div").classes("row apart"):
         with ui.element("div").classes("row"):

@@ -10,62 +10,72 @@ from nicegui import ui
 from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
-from fedllm.wording import human_seconds
-from server.dashboard import verdict
-from server.dashboard.access import Principal
-from server.dashboard.desk import Desk
-from server.dashboard.downloads import File
+from fedllm.runs.summary import best_of, fairness_of, fairness_sentence
+from fedllm.runs.totals import NodeTotal
+from fedllm.wording import human_seconds, number
+from server.dashboard.actions.downloads import File, lacking
+from server.dashboard.actions.operations import Operations
+from server.dashboard.door.access import Principal
 from server.dashboard.errors import Missing
 from server.dashboard.pages import charts
 from server.dashboard.pages.answers import Answers
-from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, sure, watch
+from server.dashboard.pages.layout import act, chip, empty, frame, heading, lever, page, sure, watch
 from server.dashboard.pages.logs import Logs, audit_line
 from server.dashboard.pages.node_table import NodeTable
-from server.dashboard.shelf import Overview
-from server.dashboard.verdict import Verdict
+from server.dashboard.reading import verdict
+from server.dashboard.reading.runs import Overview
+from server.dashboard.reading.verdict import Verdict
 
 __all__ = ["register"]
 
 
-def register(desk: Desk) -> None:
+def register(ops: Operations) -> None:
     """Serve ``/runs/NAME``."""
 
-    @ui.page("/runs/{name}")
+    @page("/runs/{name}")
     async def run_page(request: Request, name: str) -> None:
         with frame(request, name) as who:
             try:
-                view = await beside(desk.overview, name)
+                view = await beside(ops.overview, name)
             except Missing:
                 empty(f"There is no run {name}", "It may have been renamed or deleted.", ("All runs", "/"))
                 return
             if view.state in ("starting", "unreadable") or not view.method:
-                _before(desk, who, view)
+                _before(ops, who, view)
                 return
-            page = _RunPage(desk, who, name)
+            page = _RunPage(ops, who, name)
             await page.look()
             # The page is painted before the browser loads the chart library.
             await ui.context.client.connected()
             page.draw_charts()
-            watch(desk, who, page.look)
+            watch(ops, who, page.look)
 
 
-def _before(desk: Desk, who: Principal, view: Overview) -> None:
+def _before(ops: Operations, who: Principal, view: Overview) -> None:
     """Show a run that has no records yet, or none that can be read."""
-    with ui.element("div").classes("row apart"), ui.element("div").classes("row"):
-        heading(view.name)
-        chip(view.state)
+
+    async def dismiss() -> None:
+        await act(lambda: ops.dismiss(who, view.name), f"{view.name} is dismissed")
+        ui.navigate.to("/")
+
+    with ui.element("div").classes("row apart"):
+        with ui.element("div").classes("row"):
+            heading(view.name)
+            chip(view.state)
+        if view.state == "failed":
+            lever("Dismiss", dismiss, who=who)
     if view.reason:
         empty("It did not start" if view.state == "failed" else "It cannot be read", view.reason)
     else:
         empty("Starting", "Model and data are being loaded; this page goes on by itself.")
-    output = ui.label(desk.launcher.log(view.name)).classes("log panel")
+    output = ui.label(ops.launcher.log(view.name)).classes("log panel")
 
     def look() -> None:
-        output.text = desk.launcher.log(view.name)
-        if desk.overview(view.name).state != view.state:
+        output.text = ops.launcher.log(view.name)
+        if ops.overview(view.name).state != view.state:
             ui.navigate.reload()
 
-    watch(desk, who, look)
+    watch(ops, who, look)
 
 
 class _Answer:
@@ -83,10 +93,11 @@ class _Answer:
 
 
 class _RunPage:
-    def __init__(self, desk: Desk, who: Principal, name: str) -> None:
-        self.desk, self.who, self.name = desk, who, name
-        self.config = desk.shelf.run(name).config
+    def __init__(self, ops: Operations, who: Principal, name: str) -> None:
+        self.ops, self.who, self.name = ops, who, name
+        self.config = ops.index.run(name).config
         self.stamp: object = None
+        self.records_stamp: object = None
         self.state = ""
         with ui.element("div").classes("row apart"):
             with ui.element("div").classes("row"):
@@ -136,11 +147,12 @@ class _RunPage:
                 ui.tab(name)
         with ui.tab_panels(tabs, value="Nodes").props("keep-alive"):
             with ui.tab_panel("Nodes"):
-                self.nodes = NodeTable(self.desk, self.who, self.name, leave_out=("device",))
+                self.fairness = ui.label().classes("soft")
+                self.nodes = NodeTable(self.ops, self.who, self.name, leave_out=("device",))
             with ui.tab_panel("Answers"):
-                self.rounds = Answers(self.desk, self.name)
+                self.rounds = Answers(self.ops, self.name)
             with ui.tab_panel("Log"), ui.element("div").classes("panel"):
-                self.logs = Logs(self.desk, self.name)
+                self.logs = Logs(self.ops, self.name)
             with ui.tab_panel("Configuration"), ui.element("div").classes("panel"):
                 ui.label(self.config.to_toml()).classes("log")
             with ui.tab_panel("Checkpoints"):
@@ -150,30 +162,42 @@ class _RunPage:
 
     async def look(self) -> None:
         """Show what has changed since the last look."""
-        view = await beside(self.desk.overview, self.name)
+        # The stamps first: what changes while the rest is read is then seen at the next look.
+        stamp = await beside(self.ops.index.stamp, self.name)
+        view = await beside(self.ops.overview, self.name)
         if not view.rounds:
             # Begun anew, or damaged meanwhile: there is another page for that.
             ui.navigate.reload()
             return
-        self._show_head(view)
-        stamp = await beside(self.desk.shelf.stamp, self.name)
+        records_stamp = await beside(self.ops.index.records_stamp, self.name)
+        nodes = await beside(self.ops.index.nodes, self.name)
+        self._show_head(view, nodes)
         if stamp == self.stamp:
             return
         self.stamp = stamp
-        nodes = await beside(self.desk.shelf.nodes, self.name)
+        await self.logs.look()
+        await self._show_audit()
+        records = (records_stamp, view.live)
+        if records == self.records_stamp:
+            return
+        self.records_stamp = records
         self.answers[1].show(verdict.slow(nodes))
         self.nodes.show(nodes, live=view.live)
         await self._show_rounds()
-        await self.logs.look()
-        await self._show_audit()
 
-    def _show_head(self, view: Overview) -> None:
-        self.answers[0].show(verdict.health(view))
+    def _show_head(self, view: Overview, nodes: list[NodeTotal]) -> None:
+        self.answers[0].show(verdict.health(view, nodes))
         self.answers[2].show(verdict.cost(view))
         self.count.text = f"round {view.round} of {view.rounds}"
+        if view.value is not None:
+            self.count.text += f", {view.metric} {number(view.value)}"
+        if view.best is not None:
+            self.count.text += f" (best {number(view.best)} in round {view.best_round})"
         if view.seconds_left is not None:
             self.count.text += f", about {human_seconds(view.seconds_left)} left"
-        self.doing.text = verdict.terms(view, self.config.quorum, self.config.server.deadline_s)
+        self.doing.text = "".join(f"{kind} asked for, " for kind in view.pending) + verdict.terms(
+            view, self.config.quorum, self.config.server.deadline_s
+        )
         self.logs.look_at_server()
         self.bar.style(f"width: {100 * view.round / view.rounds:.1f}%")
         if view.state != self.state:
@@ -185,22 +209,27 @@ class _RunPage:
                 self._draw_levers(view)
 
     async def _show_rounds(self) -> None:
-        self.records = await beside(self.desk.shelf.rounds, self.name)
-        self.moved = await beside(self.desk.shelf.traffic, self.name)
+        self.records = await beside(self.ops.index.rounds, self.name)
+        self.moved = await beside(self.ops.index.traffic, self.name)
         # A round that ended the run was not committed, and is what one wants to see.
         asked = {row.round for row in self.moved} | {record.round for record in self.records}
         self.rounds.offer(sorted(asked))
+        fairness = fairness_of(self.records)
+        self.fairness.set_visibility(fairness is not None)
+        if fairness is not None:
+            self.fairness.text = fairness_sentence(fairness, self.config.metric)
         self._draw_curves()
-        held = await beside(self.desk.checkpoints, self.name)
+        held = await beside(self.ops.checkpoints, self.name)
         self.checkpoints.clear()
         with self.checkpoints:
-            self._draw_checkpoints(held)
+            found = best_of(((record.round, record.metrics) for record in self.records), self.config.metric)
+            self._draw_checkpoints(held, found and found.round)
 
     def _draw_curves(self) -> None:
         if not self.charted:
             return
-        _offer(self.axis, list(charts.AXES))
-        _offer(self.metric, charts.metric_names(self.records))
+        _offer(self.axis, list(charts.axes(self.records)))
+        _offer(self.metric, charts.metric_names(self.records, self.config.metric))
         _offer(self.fact, charts.fact_names(self.records))
         self.facts_panel.set_visibility(bool(self.fact.options))
         self.metric.set_visibility(bool(self.metric.options))
@@ -215,7 +244,7 @@ class _RunPage:
             _redraw(self.facts, charts.facts(self.records, self.fact.value))
 
     async def _show_audit(self) -> None:
-        noted = await beside(self.desk.shelf.run(self.name).audit_log)
+        noted = await beside(self.ops.index.run(self.name).audit_log)
         self.audit.text = "\n".join(map(audit_line, noted)) or "Nobody has changed anything."
 
     # --- levers -----------------------------------------------------------------------------------------
@@ -235,13 +264,12 @@ class _RunPage:
             for file in get_args(File):
                 self._draw_download(file)
 
-    def _draw_download(self, file: str) -> None:
+    def _draw_download(self, file: File) -> None:
         path = f"/api/runs/{quote(self.name, safe='')}/files/{file}"
 
         async def fetch() -> None:
-            folder = self.desk.shelf.folder(self.name)
-            if file == "adapter.zip" and not any((folder / kind).is_dir() for kind in ("adapter", "model")):
-                ui.notify("There is no result yet: it is written after the last round", type="warning")
+            if why := await beside(lacking, self.ops, self.name, file):
+                ui.notify(why, type="warning")
             else:
                 ui.download(path)
 
@@ -250,32 +278,39 @@ class _RunPage:
     def _ask(self, kind: str) -> Callable[[], Any]:
         async def ask() -> None:
             said = f"{kind}: takes effect before the next round"
-            await act(lambda: self.desk.command(self.who, self.name, kind), said)
+            await act(lambda: self.ops.command(self.who, self.name, kind), said)
 
         return ask
 
     async def _go_on(self) -> None:
-        await act(lambda: self.desk.go_on(self.who, self.name), "It goes on at its last checkpoint")
+        await act(lambda: self.ops.go_on(self.who, self.name), "It goes on at its last checkpoint")
 
     async def _confirm_stop(self) -> None:
         if await sure("Stop after this round? It can be resumed later.", "Stop", "Keep running"):
             await self._ask("stop")()
 
-    def _draw_checkpoints(self, held: list[int]) -> None:
+    def _draw_checkpoints(self, held: list[int], best: int | None) -> None:
         if not held:
             ui.label("There is no checkpoint yet; one is written after every round.").classes("soft")
         for number_ in reversed(held):
             with ui.element("div").classes("row apart"):
-                ui.label(f"after round {number_}")
+                ui.label(f"after round {number_}" + (", the best" if number_ == best else ""))
+                path = f"/api/runs/{quote(self.name, safe='')}/files/adapter.zip?round={number_}"
+                ui.link("adapter.zip", path).props("download")
                 lever("Go on from here", self._roll_back(number_), who=self.who)
 
     def _roll_back(self, round: int) -> Callable[[], Any]:
         async def roll_back() -> None:
             question = f"Go on after round {round}? Later rounds of {self.name} are forgotten."
+            if round < self.records[-1].round - 1:
+                question += (
+                    " Clients keep what is their own of the last two rounds only: where the method or the "
+                    "codec has them keep any, they begin it afresh, and other numbers come out."
+                )
             if round < self.records[-1].round and not await sure(question, "Go back", "Keep them"):
                 return
             said = f"It goes on after round {round}; later rounds are forgotten"
-            await act(lambda: self.desk.go_on(self.who, self.name, round), said)
+            await act(lambda: self.ops.go_on(self.who, self.name, round), said)
 
         return roll_back
 

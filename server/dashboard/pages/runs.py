@@ -12,10 +12,10 @@ from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
 from fedllm.wording import human_bytes, human_seconds, number
-from server.dashboard.desk import Desk
-from server.dashboard.pages.layout import empty, frame, heading, watch
+from server.dashboard.actions.operations import Operations
+from server.dashboard.pages.layout import empty, frame, heading, page, watch
 from server.dashboard.pages.table import Table, column
-from server.dashboard.shelf import Overview
+from server.dashboard.reading.runs import Overview
 
 __all__ = ["register", "spark"]
 
@@ -43,12 +43,12 @@ _STATES = (
 )
 
 
-def register(desk: Desk) -> None:
+def register(ops: Operations) -> None:
     """Serve ``/``."""
 
-    @ui.page("/")
+    @page("/")
     async def runs_page(request: Request) -> None:
-        views = await beside(desk.overviews)
+        views = await beside(ops.overviews)
         with frame(request, "Runs") as who:
             with ui.element("div").classes("row apart"):
                 heading("Runs")
@@ -57,23 +57,23 @@ def register(desk: Desk) -> None:
                 empty(
                     "No runs yet",
                     f"Start one under New run, or on the command line: "
-                    f"fedllm simulate --out {desk.root / 'first'}",
+                    f"fedllm simulate --out {ops.root / 'first'}",
                 )
 
                 def look_for_first() -> None:
-                    if desk.overviews():
+                    if ops.overviews():
                         ui.navigate.reload()
 
-                watch(desk, who, look_for_first)
+                watch(ops, who, look_for_first)
                 return
             table = _table(views)
 
         async def look() -> None:
-            found = await beside(desk.overviews)
+            found = await beside(ops.overviews)
             table.show([_row(view) for view in found])
             counted.text = _counted(found)
 
-        watch(desk, who, look)
+        watch(ops, who, look)
 
 
 def _table(views: Sequence[Overview]) -> Table:

@@ -11,36 +11,36 @@ from starlette.concurrency import run_in_threadpool as beside
 from starlette.requests import Request
 
 from fedllm.errors import FedllmError
-from server.dashboard.access import Principal
-from server.dashboard.desk import Desk
-from server.dashboard.form import Field, fields, parse
-from server.dashboard.pages.layout import act, empty, frame, heading, lever
+from server.dashboard.actions.form import Field, fields, parse
+from server.dashboard.actions.operations import Operations
+from server.dashboard.door.access import Principal
+from server.dashboard.pages.layout import act, empty, frame, heading, lever, page
 
 __all__ = ["register"]
 
 _OPEN = ("", "training")
 
 
-def register(desk: Desk) -> None:
+def register(ops: Operations) -> None:
     """Serve ``/start``."""
 
-    @ui.page("/start", response_timeout=60)
+    @page("/start")
     async def start_page(request: Request, clone: str = "") -> None:
         with frame(request, "New run") as who:
             heading(f"New run like {clone}" if clone else "New run")
             waiting = ui.label("Reading presets and settings ...").classes("soft")
             await ui.context.client.connected()
             try:
-                presets = await beside(desk.launcher.presets)
-                schemas = await beside(desk.launcher.schemas)
+                presets = await beside(ops.launcher.presets)
+                schemas = await beside(ops.launcher.schemas)
                 if clone:
-                    document = desk.shelf.run(clone).config.to_document()
+                    document = ops.index.run(clone).config.to_document()
             except FedllmError as error:
                 waiting.delete()
                 empty("This cannot be read", str(error))
                 return
             waiting.delete()
-            form = _Form(desk, who, schemas, clone)
+            form = _Form(ops, who, schemas, clone)
             if clone:
                 form.show(clone, document)
                 return
@@ -48,7 +48,7 @@ def register(desk: Desk) -> None:
 
             async def chosen() -> None:
                 preset = choice.value
-                found = await beside(desk.launcher.document, preset)
+                found = await beside(ops.launcher.document, preset)
                 costs.text = next(row["costs"] for row in presets if row["name"] == preset)
                 form.show(preset, found)
 
@@ -61,8 +61,8 @@ def register(desk: Desk) -> None:
 
 
 class _Form:
-    def __init__(self, desk: Desk, who: Principal, schemas: dict[str, Any], clone: str) -> None:
-        self.desk, self.who, self.schemas, self.clone = desk, who, schemas, clone
+    def __init__(self, ops: Operations, who: Principal, schemas: dict[str, Any], clone: str) -> None:
+        self.ops, self.who, self.schemas, self.clone = ops, who, schemas, clone
         self.source = ""
         self.inputs: list[tuple[Field, Callable[[], Any]]] = []
         self.head = ui.element("div").style("margin: 1rem 0")
@@ -90,7 +90,7 @@ class _Form:
                     self.inputs += [(field, _ask(field)) for field in held]
 
     def _free_name(self, wanted: str) -> str:
-        taken = set(self.desk.shelf.names())
+        taken = set(self.ops.index.names())
         numbered = (f"{wanted}-{number}" for number in range(2, len(taken) + 3))
         return next(name for name in (wanted, *numbered) if name not in taken)
 
@@ -100,7 +100,7 @@ class _Form:
         def begin() -> dict[str, Any]:
             given = {field.key: parse(field, value()) for field, value in self.inputs}
             settings = {key: value for key, value in given.items() if value is not None}
-            start = self.desk.clone if self.clone else self._start_preset
+            start = self.ops.clone if self.clone else self._start_preset
             return start(self.who, self.source, name, settings)
 
         self.button.disable()
@@ -112,7 +112,7 @@ class _Form:
     def _start_preset(
         self, who: Principal, preset: str, name: str, settings: dict[str, Any]
     ) -> dict[str, Any]:
-        return self.desk.start(who, name, preset, settings)
+        return self.ops.start(who, name, preset, settings)
 
 
 def _ask(field: Field) -> Callable[[], Any]:

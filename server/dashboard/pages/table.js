@@ -1,9 +1,10 @@
 // A sortable table whose cells stay in place while rows change, so that focus and clicks survive updates.
+// The server sorts and cuts it into pages; here is the page that is looked at.
 export default {
   template: `
-    <q-table flat binary-state-sort row-key="key" :rows="shown" :columns="columns" :aria-label="label"
-             v-model:pagination="pagination" :hide-bottom="shown.length > 0 && shown.length <= size"
-             no-data-label="Nothing to show">
+    <q-table flat binary-state-sort row-key="key" :rows="rows" :columns="columns" :aria-label="label"
+             v-model:pagination="pagination" :rows-per-page-options="[size]" @request="look"
+             :hide-bottom="total > 0 && total <= size" no-data-label="Nothing to show">
       <template v-slot:header-cell="cell">
         <q-th :props="cell" :aria-sort="order(cell.col)">
           <button v-if="cell.col.sortable" type="button" class="sort">{{ cell.col.label }}</button>
@@ -27,19 +28,20 @@ export default {
         </q-td>
       </template>
     </q-table>`,
-  props: { rows: Array, columns: Array, label: String, size: Number, search: String, state: String },
-  emits: ["lever"],
+  props: { rows: Array, total: Number, page: Number, columns: Array, label: String, size: Number },
+  emits: ["lever", "look"],
   data() {
-    return { pagination: { rowsPerPage: this.size, page: 1, sortBy: null, descending: false } };
+    return { pagination: { rowsPerPage: this.size, page: 1, rowsNumber: this.total, sortBy: null, descending: false } };
   },
-  computed: {
-    shown() {
-      const word = (this.search || "").toLowerCase();
-      const fits = (row) => (!this.state || row.state === this.state) && (!word || row.search.includes(word));
-      return word || this.state ? this.rows.filter(fits) : this.rows;
-    },
+  watch: {
+    total(count) { this.pagination.rowsNumber = count; },
+    page(number) { this.pagination.page = number; },
   },
   methods: {
+    look({ pagination }) {
+      this.pagination = pagination;
+      this.$emit("look", { page: pagination.page, sortBy: pagination.sortBy, descending: pagination.descending });
+    },
     // What a screen reader says of a column; its button sorts by mouse and by keyboard.
     order(col) {
       if (!col.sortable) return null;

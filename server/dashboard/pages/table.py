@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ def column(
 class Table(Element, component="table.js"):
     """Shows rows; each has a ``key``, and what its columns name.
 
+    Sorted, narrowed and cut into pages here: the browser is sent one page, however many rows there are.
+
     Args:
         columns: made by :func:`column`.
         label: for screen readers.
@@ -43,24 +46,48 @@ class Table(Element, component="table.js"):
 
     def __init__(self, columns: Sequence[dict[str, Any]], label: str, size: int = 50) -> None:
         super().__init__()
-        self._props |= {"rows": [], "columns": list(columns), "label": label, "size": size}
-
-    @property
-    def rows(self) -> list[Row]:
-        """What is shown."""
-        rows: list[Row] = self._props["rows"]
-        return rows
+        self._rows: list[Row] = []
+        self._size, self._page = size, 1
+        self._sort_by, self._descending = "", False
+        self._word, self._state = "", ""
+        self._props |= {"rows": [], "total": 0, "page": 1, "columns": list(columns)}
+        self._props |= {"label": label, "size": size}
+        self.on("look", self._look)
 
     def show(self, rows: list[Row]) -> None:
-        """Show these rows; nothing is sent where nothing has changed."""
-        if rows != self.rows:
-            self._props["rows"] = rows
-            self.update()
+        """Show these rows; nothing is sent where nothing that is in sight has changed."""
+        self._rows = rows
+        self._send()
 
     def narrow(self, word: str, state: str) -> None:
         """Show only rows whose ``search`` holds a word and whose ``state`` is this one; empty means any."""
-        self._props |= {"search": word, "state": state}
-        self.update()
+        self._word, self._state, self._page = word.lower(), state, 1
+        self._send()
+
+    def _look(self, event: events.GenericEventArguments) -> None:
+        """Turn to the page, and sort by the column, that the browser asks for."""
+        self._page = max(1, int(event.args["page"]))
+        self._sort_by, self._descending = str(event.args["sortBy"] or ""), bool(event.args["descending"])
+        self._send()
+
+    def _send(self) -> None:
+        rows = [
+            row
+            for row in self._rows
+            if (not self._state or row["state"] == self._state)
+            and (not self._word or self._word in row["search"])
+        ]
+        if self._sort_by:
+            # What has no value comes last, whichever way the others are sorted.
+            held = [row for row in rows if row.get(self._sort_by) is not None]
+            held.sort(key=lambda row: row[self._sort_by], reverse=self._descending)
+            rows = held + [row for row in rows if row.get(self._sort_by) is None]
+        self._page = min(self._page, max(1, math.ceil(len(rows) / self._size)))
+        first = (self._page - 1) * self._size
+        shown = {"rows": rows[first : first + self._size], "total": len(rows), "page": self._page}
+        if any(self._props[name] != value for name, value in shown.items()):
+            self._props |= shown
+            self.update()
 
     def on_lever(self, act: Callable[[events.GenericEventArguments], Any]) -> None:
         """Call ``act`` with ``node`` and ``lever`` when a row's lever is pulled."""

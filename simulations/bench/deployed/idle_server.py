@@ -9,7 +9,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from strategies.exchange import converse
+from server.rounds.conversation import converse
 
 app = ServerApp()
 
@@ -27,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
         began = time.perf_counter()
         content = RecordDict({"c": ConfigRecord({"round": number})})
         messages = [Message(content, node, "train", group_id=str(number)) for node in nodes]
-        silent = converse(grid, messages, receive=lambda *_: None, enough=lambda: False, deadline_s=300.0)
+        silent = converse(grid, messages, receive=lambda *_: None, missing=lambda: 1, deadline_s=300.0)
         if silent:
             raise RuntimeError(f"{len(silent)} nodes did not answer")
         seconds.append(time.perf_counter() - began)

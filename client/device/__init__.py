@@ -1,0 +1,1 @@
+"""A device that takes part: its checks, its processes, its screen."""

@@ -1,0 +1,1 @@
+"""The stages of which codecs are put together."""

@@ -1,0 +1,243 @@
+"""The whole tree, and what its sections must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from fedllm.config.data import DataConfig
+from fedllm.config.evaluation import CheckpointConfig, EvaluationConfig
+from fedllm.config.exchange import CodecConfig, PrivacyConfig
+from fedllm.config.mistakes import explain
+from fedllm.config.model import ModelConfig, TuningConfig
+from fedllm.config.names import require_name
+from fedllm.config.server import ServerConfig
+from fedllm.config.training import TrainingConfig
+from fedllm.devices import SimulationConfig
+from fedllm.errors import ConfigError
+from fedllm.measures import measured_by
+from fedllm.section import Section
+
+
+class RunConfig(Section):
+    """Everything that decides a run's numbers."""
+
+    name: str = "run"
+    """Of the run and of its folder: letters, digits and . _ = -."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the split, the initial values and every draw: the same seed gives the same numbers."""
+    clients: int = Field(default=10, ge=1)
+    """Clients that hold a part of the texts each."""
+    rounds: int = Field(default=10, ge=1)
+    """Rounds that are committed before the run is finished, unless ``evaluation.patience`` ends it before."""
+    method: str = "lora"
+    """``fedavg``, ``lora``, ``fwdllm``, ``mezo``, ``fedkd``, ``scaffold``, or one that a plug-in adds."""
+    plugins: tuple[str, ...] = ()
+    """Modules or .py files that add methods or codec stages; installed plug-ins need not be named."""
+    init_from: str | None = None
+    """Folder of an earlier run, of the same method and model, whose result this one begins from."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    tuning: TuningConfig = TuningConfig()
+    training: TrainingConfig = TrainingConfig()
+    codec: CodecConfig = CodecConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    simulation: SimulationConfig = SimulationConfig()
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The method's own options; in TOML they stand in a section named after the method."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        try:
+            return require_name(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def cohort(self) -> int:
+        """Clients that are asked at once; in mode ``async``, that are at work at once."""
+        return self.server.concurrency or self.server.sample or self.clients
+
+    @property
+    def quorum(self) -> int:
+        """Accepted replies without which a round does not count; in mode ``async`` they are all there are."""
+        return self.server.buffer or self.server.quorum or (self.cohort + 1) // 2
+
+    @property
+    def buffered(self) -> bool:
+        """Whether rounds are asynchronous."""
+        return self.server.mode == "async"
+
+    @property
+    def answers(self) -> int:
+        """Clients whose updates make a round."""
+        return self.quorum if self.buffered else self.cohort
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(message)
+
+        server, data = self.server, self.data
+        require(
+            self.cohort <= self.clients,
+            f"server.{'concurrency' if server.concurrency else 'sample'} = {self.cohort} asks for more "
+            f"clients than clients = {self.clients}",
+        )
+        require(
+            self.cohort + server.over_select <= self.clients,
+            f"server.over_select = {server.over_select} and server.sample = {self.cohort} "
+            f"together exceed clients = {self.clients}",
+        )
+        self._require_mode()
+        require(
+            self.quorum <= self.cohort or self.buffered,
+            f"server.quorum = {server.quorum} can never be reached with {self.cohort} clients per round",
+        )
+        require(
+            not server.weight_ratio or server.weight_ratio >= 1,
+            f"server.weight_ratio = {server.weight_ratio} would count most clients for less than they "
+            "have; use 0 for no bound, or at least 1",
+        )
+        require(
+            data.part is None or (self.clients == 1 and 0 <= data.part[0] < data.part[1]),
+            f"data.part = {data.part} needs clients = 1 and a client k from 0 to n - 1",
+        )
+        require(
+            data.partition != "natural" or data.by is not None,
+            'data.partition = "natural" needs data.by, the column that names who a text belongs to',
+        )
+        require(
+            data.partition != "file" or data.path is not None,
+            'data.partition = "file" needs data.path, a folder with one file per client',
+        )
+        self._require_measured()
+        require(
+            self.evaluation.patience == 0 or self.evaluation.every > 0,
+            f"evaluation.patience = {self.evaluation.patience} counts evaluations, and evaluation.every = 0 "
+            "makes none: evaluate every so many rounds, or leave the patience out",
+        )
+        require(
+            not self.evaluation.clients or data.client_test_fraction > 0,
+            "evaluation.clients = true needs data.client_test_fraction above 0",
+        )
+        return self
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides which round is the best, and is shown first."""
+        return self.evaluation.metric or measured_by(self.model.task)[0]
+
+    def _require_mode(self) -> None:
+        """Refuse what means nothing in the mode that rounds are in."""
+        server = self.server
+        if not self.buffered:
+            for key in ("concurrency", "buffer", "staleness", "staleness_exponent", "max_staleness"):
+                if getattr(server, key) != type(server).model_fields[key].default:
+                    raise ValueError(f'server.{key} is for server.mode = "async": set that, or leave it out')
+            return
+        if server.over_select or server.quorum is not None:
+            key = "over_select" if server.over_select else "quorum"
+            raise ValueError(
+                f'server.{key} is for server.mode = "sync": in mode "async" server.concurrency says how many '
+                "clients are at work and server.buffer how many answers make a round; leave it out"
+            )
+        if server.sample and server.concurrency and server.sample != server.concurrency:
+            raise ValueError(
+                f"server.sample = {server.sample} and server.concurrency = {server.concurrency} both say how "
+                "many clients are at work at once: leave one of them out, or give both the same value"
+            )
+        if self.quorum > self.clients:
+            raise ValueError(
+                f"server.buffer = {server.buffer} waits for as many different clients in each round, and "
+                f"there are clients = {self.clients}: lower it"
+            )
+
+    def _require_measured(self) -> None:
+        """Refuse a metric that decides and is never measured."""
+        metric = self.evaluation.metric
+        if metric is not None and self.evaluation.every == 0:
+            raise ValueError(
+                f"evaluation.metric = {metric!r} is never measured with evaluation.every = 0: "
+                "evaluate every so many rounds, or leave the metric out"
+            )
+
+    def placed(self, *, deployed: bool) -> Self:
+        """Fill in what depends on where the run takes place, unless it was given.
+
+        Args:
+            deployed: over a network, with clients that are strangers to the server; else a simulation.
+
+        Raises:
+            ConfigError: it is a deployment, whose devices are what they are, and devices are to be simulated;
+                or it is a simulation, in which nobody is slow but by simulated devices, and rounds are
+                asynchronous.
+
+        >>> RunConfig().placed(deployed=True).server.weight_ratio
+        3.0
+        """
+        if deployed and self.simulation.profile is not None:
+            raise ConfigError(
+                f"simulation.profile = {self.simulation.profile!r} is for fedllm simulate: in a deployment "
+                "devices take the time that they take; leave it out"
+            )
+        if self.buffered and not deployed and self.simulation.profile is None:
+            raise ConfigError(
+                'server.mode = "async" goes by how long each client takes, which a simulation knows of '
+                'simulated devices alone: set simulation.profile, such as "phones-4g"'
+            )
+        if self.server.weight_ratio is not None:
+            return self
+        server = self.server.model_copy(update={"weight_ratio": 3.0 if deployed else 0.0})
+        return self.model_copy(update={"server": server})
+
+    def to_document(self, *, given: bool = False) -> dict[str, Any]:
+        """Return the tree as TOML lays it out, unset values left out.
+
+        Args:
+            given: leave out defaults as well, so that what nobody gave may still be chosen.
+        """
+        document = self.model_dump(mode="json", exclude_none=True, exclude_unset=given)
+        if self.data.label is None:
+            document["data"]["label"] = ""  # TOML has no null
+        document[self.method] = document.pop("options", {})
+        return document
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Self:
+        """Read what :meth:`to_document` returned; the options were validated by whoever wrote it."""
+        method = document.get("method", cls.model_fields["method"].default)
+        tree = {key: value for key, value in document.items() if key != method}
+        return cls.validated({**tree, "options": document.get(method, {})})
+
+    @classmethod
+    def validated(cls, tree: Any) -> Self:
+        """Return a tree of plain values as a configuration, or say what is wrong with it first."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls)) from error
+
+    def to_toml(self) -> str:
+        """Return the resolved configuration; reading it back gives an equal one."""
+        return tomli_w.dumps(self.to_document())
+
+    def to_json(self) -> str:
+        """Return the configuration as the one string that Flower's ``run_config`` carries."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote; the options were already validated by the sender."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls)) from error

@@ -1,0 +1,1 @@
+"""Texts: read, checked, split, shared out and tokenised."""

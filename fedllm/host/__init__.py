@@ -1,0 +1,1 @@
+"""Processes and resources of the machine this runs on."""

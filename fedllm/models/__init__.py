@@ -1,0 +1,1 @@
+"""Base models: loaded, adapted, trained, saved and read back."""

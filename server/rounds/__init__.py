@@ -1,0 +1,1 @@
+"""Rounds: the engine and everything that it is composed of."""

@@ -1,0 +1,62 @@
+"""What replies to the next exchange may count for, from what the run has shown so far; see :mod:`.gates`."""
+
+from __future__ import annotations
+
+from fedllm.codecs import Codecs, growth
+from fedllm.config import RunConfig
+from fedllm.runs.writer import RunStore
+from server.rounds import gates
+from server.rounds.roster import Roster
+from server.rounds.state import ServerState
+from strategies.base import Method
+
+__all__ = ["Bounds"]
+
+
+class Bounds:
+    """Bounds what any one reply to the next exchange can do, and says whom that bounds.
+
+    Args:
+        config: the run.
+        method: knows how long an update is before any was seen.
+        codecs: of the uplink, which may lengthen updates.
+        roster: knows how many texts each client has declared.
+        state: knows how long updates usually were.
+        store: is told of clients that count for less than they have.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        codecs: Codecs,
+        roster: Roster,
+        state: ServerState,
+        store: RunStore,
+    ) -> None:
+        self._server, self._method, self._codec = config.server, method, codecs.up
+        self._roster, self._state, self._store = roster, state, store
+        self._outweighed: set[int] = set()
+        """Clients of which it was told."""
+
+    def next(self, number: int) -> gates.Limits:
+        """Return the limits of the next exchange of a round."""
+        declared = self._roster.declared
+        found = gates.limits(self._server, declared.values(), *self._expected())
+        bounded = {node for node, texts in declared.items() if texts > found.examples}
+        if fresh := sorted(bounded - self._outweighed):
+            self._outweighed |= bounded
+            sentence = gates.outweighed(found.examples, {node: declared[node] for node in fresh})
+            self._store.event("warning", sentence, round=number, nodes=fresh)
+        return found
+
+    def _expected(self) -> tuple[float | None, str]:
+        """How long the next updates may be expected to be, as they are decoded, and what that length is."""
+        usual, tensors = self._state.usual, self._state.current.tensors
+        if usual.known:
+            return usual.norm, "usual"
+        stride = self._method.stride(tensors)
+        if stride is None:
+            return None, ""
+        expected = stride * growth(self._codec, self._method.updates(tensors))
+        return (usual.norm, "usual") if usual.norm > expected else (expected, "expected")

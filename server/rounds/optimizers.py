@@ -1,0 +1,80 @@
+"""Server optimisers: the averaged update as a pseudo-gradient (Reddi et al., ICLR 2021, algorithm 2).
+
+With update D_t = mean of clients' updates, learning rate e, and no bias correction, as in the paper:
+
+    sgd        w <- w + e D
+    momentum   m <- b1 m + D                     w <- w + e m
+    adam       m <- b1 m + (1 - b1) D            v <- b2 v + (1 - b2) D^2
+    yogi       m as adam                         v <- v - (1 - b2) D^2 sign(v - D^2)
+               both:                             w <- w + e m / (sqrt(v) + epsilon)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedllm.config import ServerConfig
+from fedllm.errors import RunFailed
+from fedllm.tensors import Tensors
+
+__all__ = ["advance", "require_change"]
+
+_FIRST, _SECOND = "optimizer/m/", "optimizer/v/"
+
+
+def advance(
+    config: ServerConfig, current: Tensors, proposed: Tensors, memory: Tensors
+) -> tuple[Tensors, Tensors]:
+    """Move from ``current`` in the direction of ``proposed``.
+
+    Args:
+        config: which optimiser, and its constants.
+        current: global tensors before the round.
+        proposed: what plain averaging would make of them; same names and shapes.
+        memory: the server's memory; moments live in it under ``optimizer/``.
+
+    Returns:
+        The next global tensors and the next memory.
+
+    >>> import torch
+    >>> now, then = {"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}
+    >>> advance(ServerConfig(learning_rate=0.5), now, then, {})[0]["w"].tolist()
+    [0.5]
+    """
+    if config.optimizer == "sgd" and config.learning_rate == 1.0:
+        return proposed, memory
+    memory = dict(memory)
+    advanced: Tensors = {}
+    for name, value in current.items():
+        update = proposed[name] - value
+        if config.optimizer == "sgd":
+            advanced[name] = value + config.learning_rate * update
+            continue
+        first = memory.get(_FIRST + name, update.new_zeros(update.shape))
+        if config.optimizer == "momentum":
+            memory[_FIRST + name] = first = config.momentum * first + update
+            advanced[name] = value + config.learning_rate * first
+            continue
+        memory[_FIRST + name] = first = config.momentum * first + (1 - config.momentum) * update
+        second = memory.get(_SECOND + name, update.new_zeros(update.shape))
+        square = update.square()
+        if config.optimizer == "adam":
+            second = config.beta2 * second + (1 - config.beta2) * square
+        else:
+            second = second - (1 - config.beta2) * square * (second - square).sign()
+        memory[_SECOND + name] = second
+        advanced[name] = value + config.learning_rate * first / (second.sqrt() + config.epsilon)
+    return advanced, memory
+
+
+def require_change(before: Tensors, after: Tensors, number: int) -> None:
+    """Stop a run in which nothing is learned.
+
+    Raises:
+        RunFailed: the round ``number`` leaves all tensors as they were.
+    """
+    if all(torch.equal(before[name], after[name]) for name in before):
+        raise RunFailed(
+            f"round {number} moved nothing: the updates of all its clients add up to exactly zero; the steps "
+            "are too small for float32 (raise the learning rate), or what is trained does not reach the loss"
+        )

@@ -1,0 +1,1 @@
+"""The papers' comparisons as data: a TOML file each, and the machine that runs and judges them."""

@@ -1,0 +1,143 @@
+"""The command that runs a paper's comparison."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedllm.errors import ConfigError, Interrupted, RunFailed
+from fedllm.terminal.console import AsJson, Device, Override, console, print_json, results
+from simulations.results.options import PANEL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from simulations.experiments.cells import CellRun
+    from simulations.experiments.definition import Experiment, Variant
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=PANEL)
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="fedkd, fwdllm, lora, or a TOML file.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Cells to run, by name or label; * stands for anything.", metavar="PATTERN"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and seeds: minutes.")] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", help="List the runs with what they cost, and stop.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs side by side, a process each; default one per core.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Torch threads of each, on which a run's last bits depend.")
+    ] = 1,
+    scale: Annotated[
+        str, typer.Option(help="cpu: bundled model and texts. paper: of the paper's kind, for a GPU.")
+    ] = "cpu",
+    seeds: Annotated[str | None, typer.Option(help="Instead of the file's seeds, e.g. 0..4.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce-NAME.")] = None,
+    overrides: Override = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Repeat a paper's comparison on a small model, over seeds; it goes on where it was interrupted."""
+    from fedllm.extras import require
+    from simulations.costs import sentences
+    from simulations.experiment import parse_seeds
+    from simulations.experiments import cells
+    from simulations.experiments.definition import read
+    from simulations.experiments.findings import findings
+    from simulations.experiments.report import markdown, tables, write
+    from simulations.experiments.runner import run_all
+
+    asked = read(experiment)
+    variant = _variant(asked, scale, quick)
+    folder = out or Path("runs") / f"reproduce-{Path(experiment).stem}{'-quick' if quick else ''}"
+    chosen = parse_seeds(seeds) if seeds else ()
+    everything = cells.lay_out(asked, folder, variant=variant, seeds=chosen, extra=overrides or [])
+    runs = cells.selected(everything, only or [])
+    if listed:
+        _list(asked, runs, as_json)
+        return
+    require("matplotlib", "the report of an experiment")
+    require("scipy", "the comparison of several runs")
+    left = cells.unfinished(runs, console.print)
+    workers = min(jobs or os.cpu_count() or 1, max(1, len(left)))
+    if left:
+        for sentence in sentences(cells.forecast(left, workers), folder, workers):
+            console.print(sentence)
+    try:
+        failed = run_all(left, workers, threads, console.print)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command goes on where it was") from None
+    changed = (
+        "the quick variant has fewer rounds" if quick else "--set changed the cells" if overrides else ""
+    )
+    found = findings(asked, everything, failed, changed)
+
+    def command(label: str) -> str:
+        words = ["fedllm", "reproduce", experiment, "--only", label, *(["--quick"] if quick else [])]
+        words += [] if scale == "cpu" else ["--scale", scale]
+        words += [] if seeds is None else ["--seeds", seeds]
+        words += [word for one in overrides or [] for word in ("--set", one)]
+        words += [] if threads == 1 else ["--threads", str(threads)]
+        return shlex.join([*words, *([] if out is None else ["--out", str(out)])])
+
+    page = write(asked, found, everything, folder, command)
+    if as_json and not failed:
+        print_json({"out": str(folder), **found})
+    elif not as_json:
+        print(markdown(tables(asked, found)))
+        console.print(f"report: {page}")
+    if failed:
+        label, reason = next(iter(failed.items()))
+        raise RunFailed(
+            f"{len(failed)} of {len(runs)} runs failed, {label} first: {reason}; the same command tries again"
+        )
+
+
+def _variant(experiment: Experiment, scale: str, quick: bool) -> Variant | None:
+    if scale not in ("cpu", "paper"):
+        raise ConfigError(f"--scale is cpu or paper, not {scale!r}")
+    if scale == "cpu":
+        return experiment.quick if quick else None
+    if quick:
+        raise ConfigError("--quick is for --scale cpu: leave one of the two out")
+    if experiment.paper_scale is None:
+        raise ConfigError("this experiment has no [paper_scale]: leave --scale paper out")
+    return experiment.paper_scale
+
+
+def _list(experiment: Experiment, runs: Sequence[CellRun], as_json: bool) -> None:
+    """Print the runs with what each takes on one core."""
+    from rich.table import Table
+
+    from fedllm.wording import human_bytes, human_seconds
+
+    if as_json:
+        rows = [
+            {"label": run.label, "cell": run.cell, "status": run.status, "folder": str(run.folder)}
+            | {"seconds": run.cost.seconds, "memory": run.cost.memory, "disk": run.cost.disk}
+            for run in runs
+        ]
+        print_json(rows)
+        return
+    table = Table("run", "what", "about", "memory", "disk", "status")
+    for run in runs:
+        told = experiment.cells[run.cell].title
+        about, memory = human_seconds(round(run.cost.seconds)), human_bytes(run.cost.memory)
+        table.add_row(run.label, told, about, memory, human_bytes(run.cost.disk), run.status)
+    results.print(table)
+    console.print(
+        f"{len(runs)} runs, about {human_seconds(round(sum(r.cost.seconds for r in runs)))} of one core"
+    )

@@ -1,0 +1,1 @@
+"""What people take from finished runs: tables, plots, reports, predictions."""

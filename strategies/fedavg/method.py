@@ -1,0 +1,51 @@
+"""Full fine-tuning, averaged: FedAvg (McMahan et al., AISTATS 2017, algorithm 1).
+
+    client k   w_k <- local steps from w on its own texts; sends w_k - w and its number of texts n_k
+    server     w  <- w + sum_k n_k (w_k - w) / sum_k n_k
+
+The federation's reference for quality and for bytes: every parameter travels.
+"""
+
+from __future__ import annotations
+
+from fedllm.config import RunConfig
+from fedllm.errors import ConfigError
+from fedllm.models import model as models
+from fedllm.models.model import Model
+from fedllm.models.training import descend, minibatches
+from fedllm.randomness import stream
+from strategies.averaging import Averaging
+from strategies.base import Answer, Passes, Work
+from strategies.fedavg.options import Options
+
+__all__ = ["FedAvg", "Options"]
+
+
+class FedAvg(Averaging):
+    """Every client tunes the whole model; the server averages by numbers of texts."""
+
+    Options = Options
+    asynchronous = True
+
+    def __init__(self, config: RunConfig) -> None:
+        if config.tuning.peft not in ("lora", "full"):  # "lora" is the section's default: not asked for
+            raise ConfigError(
+                f'method = "fedavg" tunes the whole model, tuning.peft = "{config.tuning.peft}" does not: '
+                'use method = "lora", or tuning.peft = "full"'
+            )
+        full = config.tuning.model_copy(update={"peft": "full"})
+        self.config = config.model_copy(update={"tuning": full})
+
+    def build(self, labels: tuple[str, ...]) -> Model:
+        """Load the base model with every parameter trainable."""
+        return models.load(self.config, labels)
+
+    def run(self, work: Work) -> Answer:
+        """Client: train on its own texts, send the update."""
+        training, model = self.config.training, work.model
+        generator = stream(self.config.seed, "batches", work.round, work.node)
+        batches = minibatches(work.train, training.batch_size, training.local_steps, generator)
+        losses = descend(list(model.trainable().values()), model.loss, batches, training, work.progress)
+        update = {name: after - work.tensors[name] for name, after in model.read().items()}
+        steps = len(losses)
+        return Answer(update, len(work.train), {"loss": sum(losses) / steps}, passes=Passes(steps, steps))

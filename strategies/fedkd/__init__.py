@@ -1,0 +1,1 @@
+"""FedKD: private teachers, a shared student."""

@@ -1,0 +1,123 @@
+"""Random directions that both ends of a link can draw for themselves.
+
+A direction is named by (seed, round, node, index), never stored and never sent. Its entries come from the
+raw words of a Philox counter, so that they are the same on every machine, backend and number of threads:
+no floating-point library function takes part.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedllm.randomness import stream
+
+__all__ = ["CHUNK_ENTRIES", "Direction", "Kind", "add_scaled", "chunks", "combine", "flat", "gaussian_table"]
+
+Kind = Literal["rademacher", "gaussian"]
+
+CHUNK_ENTRIES = 1 << 20
+"""Entries drawn at a time: 4 MB as float32, and under 16 MB with the words and indices they come from."""
+
+_GRID = 4096
+"""Gaussian entries are multiples of 1 / 4096: rounding hides the last bits in which libraries differ."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Direction:
+    """The name of one direction: which run, round, client and count within the round."""
+
+    seed: int
+    round: int
+    node: int
+    index: int
+
+
+@functools.cache
+def gaussian_table() -> npt.NDArray[np.float32]:
+    """Return 65,536 equally likely values of N(0, 1), mean 0 and mean square 1 to 1e-5.
+
+    Entry i is the quantile at (i + 1/2) / 65,536, scaled to unit variance and rounded to a multiple of
+    1 / 4096. The rounding makes the table the same under every ``log`` and ``sqrt`` (a test bounds how close
+    any quantile comes to a rounding boundary).
+    """
+    normal = statistics.NormalDist()
+    upper = [normal.inv_cdf((i + 0.5) / 65536) for i in range(32768, 65536)]
+    scale = math.sqrt(math.fsum(q * q for q in upper) / len(upper))
+    half = np.array([math.floor(q / scale * _GRID + 0.5) for q in upper], dtype=np.float32) / np.float32(
+        _GRID
+    )
+    return np.concatenate([-half[::-1], half])
+
+
+def chunks(
+    direction: Direction, entries: int, kind: Kind = "rademacher"
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield the ``entries`` values of a direction, at most ``CHUNK_ENTRIES`` at a time.
+
+    >>> [c.tolist() for c in chunks(Direction(0, 1, 2, 4), 4)]
+    [[1.0, 1.0, -1.0, 1.0]]
+    """
+    source = stream(
+        direction.seed, "direction", direction.round, direction.node, direction.index
+    ).bit_generator
+    per_word = 64 if kind == "rademacher" else 4
+    for start in range(0, entries, CHUNK_ENTRIES):
+        size = min(CHUNK_ENTRIES, entries - start)
+        words = np.asarray(source.random_raw(-(-size // per_word)), dtype="<u8")
+        if kind == "rademacher":
+            bits = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
+            yield bits.astype(np.float32) * np.float32(2.0) - np.float32(1.0)
+        else:
+            yield gaussian_table()[words.view("<u2")[:size]]
+
+
+def flat(direction: Direction, entries: int, kind: Kind = "rademacher") -> npt.NDArray[np.float32]:
+    """Return a whole direction, shape (entries,); for trainable parts that fit in memory many times."""
+    out = np.empty(entries, dtype=np.float32)
+    start = 0
+    for chunk in chunks(direction, entries, kind):
+        out[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return out
+
+
+def add_scaled(
+    tensors: Mapping[str, torch.Tensor], direction: Direction, scale: float, kind: Kind = "rademacher"
+) -> None:
+    """Add ``scale`` times a direction to tensors in place; a direction runs through them in name order."""
+    pieces = chunks(direction, sum(t.numel() for t in tensors.values()), kind)
+    chunk: torch.Tensor = torch.empty(0)
+    for name in sorted(tensors):
+        target, done = tensors[name].view(-1), 0
+        while done < target.numel():
+            if not chunk.numel():
+                chunk = torch.from_numpy(next(pieces))
+            take = min(chunk.numel(), target.numel() - done)
+            target[done : done + take].add_(chunk[:take].to(target), alpha=scale)
+            chunk, done = chunk[take:], done + take
+
+
+def combine(
+    terms: Mapping[Direction, float], entries: int, kind: Kind = "rademacher"
+) -> npt.NDArray[np.float64]:
+    """Return the sum of coefficient times direction over all terms, shape (entries,).
+
+    Terms are added one after another in the order of their names, in float64, product and sum rounded
+    separately: the same bits on every machine, which a matrix product would not promise.
+    """
+    total = np.zeros(entries, dtype=np.float64)
+    for direction in sorted(terms):
+        start = 0
+        for chunk in chunks(direction, entries, kind):
+            total[start : start + len(chunk)] += np.float64(terms[direction]) * chunk.astype(np.float64)
+            start += len(chunk)
+    return total

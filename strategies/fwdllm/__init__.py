@@ -1,0 +1,1 @@
+"""FwdLLM: fine-tuning by perturbed forward passes."""

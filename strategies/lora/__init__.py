@@ -1,0 +1,1 @@
+"""Federated LoRA with exact aggregation of products."""

@@ -1,0 +1,21 @@
+"""Options of MeZO and FedKSeed; no torch here."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fedllm.config import MethodOptions
+
+__all__ = ["Options"]
+
+
+class Options(MethodOptions):
+    """Options of ``method = "mezo"``."""
+
+    method = "mezo"
+    implementation = "strategies.mezo.method:MeZO"
+
+    candidates: int = Field(0, ge=0, le=65_536)
+    """Directions that all clients share (FedKSeed takes 1,024 to 4,096); 0 draws fresh ones (MeZO)."""
+    radius: float = Field(1e-2, gt=0.0, lt=1.0)
+    """Length of a probe relative to the trained tensors' norm."""

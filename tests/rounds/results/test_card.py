@@ -1,0 +1,66 @@
+"""A result tells what it was made from, how good it is, and how to load it; what it tells is true."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedllm.data import bundled
+from simulations.results.predict import export
+from tests.parts import quick
+from tests.rounds.federation import configuration, run
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "bitfit": {"method": "lora", "tuning": {"peft": "bitfit"}},
+    "fedavg": {"method": "fedavg"},
+}
+
+
+@pytest.mark.parametrize("kind", quick(KINDS, "lora"))
+def test_the_card_says_what_the_run_was_and_its_code_loads_it(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, kind: str
+) -> None:
+    config = configuration(tiny_encoder, tiny_texts, rounds=2, **KINDS[kind])
+    summary = run(config, tmp_path / "run")
+    place = tmp_path / "run" / ("model" if kind == "fedavg" else "adapter")
+    card = (place / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == str(tiny_encoder)
+    assert front["library_name"] == ("peft" if kind == "lora" else "transformers")
+    assert front["pipeline_tag"] == "text-classification"
+    assert "- classes: animal, fruit, metal\n" in card
+    assert "Scores after 2 of 2 rounds" in card
+    assert f"- accuracy: {summary['metrics']['accuracy']:.4g}\n" in card
+    partition = json.loads((tmp_path / "run" / "partition.json").read_text())
+    sizes = [len(client["indices"]) for client in partition["clients"]]
+    assert f"- training texts: {sum(sizes)}; {min(sizes)} to {max(sizes)} a client (iid)\n" in card
+    assert "[More Information Needed]" not in card
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(code) == 1
+    found: dict[str, Any] = {}
+    exec(code[0].replace("PATH/OF/THIS/FOLDER", str(place)), found)
+    assert type(found["model"]).__name__.startswith("PeftModel" if kind == "lora" else "BertModel")
+    export(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / place.name / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_a_bundled_base_goes_by_its_name_on_the_hub(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bundled package's folder replaced by a tiny model's."""
+    monkeypatch.setattr(bundled, "_inside", lambda package, path: tiny_encoder)
+    run(configuration(Path("minilm"), tiny_texts, rounds=1), tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    hub = "sentence-transformers/all-MiniLM-L6-v2"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == hub
+    assert json.loads((adapter / "fedllm.json").read_text())["base"] == hub
+    assert f'base_model: "{hub}"' in (adapter / "README.md").read_text()
+    assert str(tiny_encoder) not in "".join(
+        file.read_text() for file in adapter.iterdir() if file.suffix in (".json", ".md")
+    )
