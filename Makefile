@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt requirements-bundled.txt
 PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-# With RETRY=1 a few tests that failed are run once more, alone: see tests/again.py.
+# With RETRY=1 in the environment a few tests that failed are run once more, alone: see tests/again.py.
 AGAIN = || { [ -n "$(RETRY)" ] && $(BIN)/python -m tests.again; }
 
 .PHONY: demo test test-quick test-slow test-soak coverage mutants docs lint format clean
