@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 from fedllm.config import MethodOptions, RunConfig
 from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import DataError, WireError
-from fedllm.models.model import Model, evaluate
+from fedllm.models.evaluation import evaluate
+from fedllm.models.model import Model
 from fedllm.models.saving import save
 from fedllm.protocol.wire import Scalar
 from fedllm.tensors import Spec, Tensors, spec_of

@@ -1,11 +1,9 @@
-"""A base model with what is trained on top of it, and how that is read, written and evaluated."""
+"""A base model with what is trained on top of it, and how that is read and written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +26,7 @@ from fedllm.randomness import derive
 from fedllm.tasks.base import PerToken, Task
 from fedllm.tensors import Tensors
 
-__all__ = ["Around", "Model", "Network", "Output", "evaluate", "load"]
-
-Around = Callable[[np.ndarray], AbstractContextManager[None]]
-"""Opens something around the pass of a batch, given which of the texts are in it."""
+__all__ = ["Model", "Network", "Output", "load"]
 
 
 @dataclass(eq=False)
@@ -210,66 +205,6 @@ def _positions(base: Base, module: Network, config: RunConfig) -> int | None:
             f"model.name = {config.model.name!r} can take"
         )
     return base.positions - virtual
-
-
-def evaluate(
-    model: Model, tokens: Tokens, batch_size: int, around: Around = lambda indices: nullcontext()
-) -> dict[str, float]:
-    """Score the model without dropout: ``loss``, and what the task's scorer finds.
-
-    The loss is the mean over all that is predicted; it does not depend on ``batch_size`` beyond rounding.
-    Texts of similar length share a batch, so that little is spent on padding.
-
-    Args:
-        model: as it stands.
-        tokens: the texts.
-        batch_size: texts at a time; fewer where ``training.memory`` is lean and texts are long.
-        around: opened around each batch's pass with the batch's indices, as
-            :meth:`strategies.fwdllm.activations.FeatureCache.around`, which spares the frozen layers.
-
-    Raises:
-        ModelError: there is no text, or none of which anything is predicted.
-    """
-    if not len(tokens):
-        raise ModelError("there is no text to evaluate on")
-    order = tokens.lengths.argsort(kind="stable")
-    training = model.module.training
-    model.module.eval()
-    batch_size = model.texts_at_once(tokens, batch_size)
-    loss, count = 0.0, 0
-    scorer = model.task.scorer(tokens, model.labels)
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                indices = order[start : start + batch_size]
-                batch = tokens.batch(indices)
-                with around(indices):
-                    output = model.forward(batch)
-                assert output.loss is not None
-                weight = model.task.count(batch.labels)
-                loss += float(output.loss) * weight
-                count += weight
-                scorer.add(indices, output.logits, batch.labels)
-    finally:
-        model.module.train(training)
-    if not count:
-        raise ModelError(f"no text to evaluate on {model.task.wanting}")
-    loss /= count
-    return {"loss": loss, **scorer.scores(loss), **_exercised(model, tokens)}
-
-
-def _exercised(model: Model, tokens: Tokens) -> dict[str, float]:
-    """Let the model answer some of the texts in its own words, where that is asked for."""
-    evaluation = model.config.evaluation
-    if not evaluation.generate:
-        return {}
-    from fedllm.models.generation import generate
-
-    asked = model.task.exercises(tokens, evaluation.generate)
-    prompts = [exercise.prompt for exercise in asked]
-    written = generate(model, prompts, evaluation.new_tokens, ends=model.task.ends(model.tokenizer))
-    read = partial(model.tokenizer.decode, skip_special_tokens=True)
-    return model.task.marks([read(ids) for ids in written], [read(one.answer) for one in asked])
 
 
 def _network(opened: Base, config: RunConfig, task: Task, outputs: int) -> Network:

@@ -20,8 +20,9 @@ from fedllm.data.tokens import Tokens
 from fedllm.errors import ConfigError, RunFailed
 from fedllm.extras import require
 from fedllm.models.anatomy import plain
+from fedllm.models.evaluation import evaluate
 from fedllm.models.loading import quiet
-from fedllm.models.model import Model, evaluate
+from fedllm.models.model import Model
 from fedllm.models.network import Network, Output
 from fedllm.models.readback import difference, read_back, scores, tolerance
 from fedllm.models.saving import describe, save_merged, unbounded

@@ -25,6 +25,7 @@ from fedllm.config import RunConfig
 from fedllm.data.tokens import Batch
 from fedllm.errors import ConfigError, ModelError, RunFailed
 from fedllm.models import model as models
+from fedllm.models.evaluation import evaluate
 from fedllm.models.model import Model, Output
 from fedllm.models.readback import Unchecked, require_true
 from fedllm.models.saving import save
@@ -155,7 +156,7 @@ class FedKD(Averaging):
         answer = super().evaluate(work)
         if not self.options.teacher:
             return answer
-        scores = models.evaluate(self._summon(work).model, work.test, self.config.evaluation.batch_size)
+        scores = evaluate(self._summon(work).model, work.test, self.config.evaluation.batch_size)
         averaged = work.model.task.averaged(scores)
         metrics = answer.metrics | {f"teacher_{name}": value for name, value in averaged.items()}
         return replace(answer, metrics=metrics)

@@ -29,6 +29,7 @@ from fedllm.config import RunConfig
 from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import ConfigError, RunFailed, WireError
 from fedllm.models import model as models
+from fedllm.models.evaluation import evaluate
 from fedllm.models.model import Model
 from fedllm.randomness import stream
 from fedllm.sums import WeightedSum
@@ -243,7 +244,7 @@ class FwdLLM(Method):
     def score(self, model: Model, test: Tokens) -> dict[str, float]:
         """Server: score a model; from the second time on without its frozen lower layers."""
         around = partial(self.features.around, model)
-        return models.evaluate(model, test, self.config.evaluation.batch_size, around)
+        return evaluate(model, test, self.config.evaluation.batch_size, around)
 
     def fold(self, acc: FwdLLMAccumulator, kind: str, reply: Reply) -> FwdLLMAccumulator:
         """Server: note a client's slopes under its number."""

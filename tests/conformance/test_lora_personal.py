@@ -12,7 +12,7 @@ import torch
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, StoreError
-from fedllm.models.model import evaluate
+from fedllm.models.evaluation import evaluate
 from fedllm.models.training import minibatches
 from fedllm.randomness import stream
 from fedllm.runs import checkpoint

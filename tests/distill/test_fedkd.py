@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from fedllm.data.tokens import Batch
 from fedllm.errors import ConfigError
 from fedllm.models import model as models
+from fedllm.models.evaluation import evaluate
 from fedllm.models.model import Model
 from fedllm.models.training import descend, minibatches
 from fedllm.randomness import stream
@@ -281,7 +282,7 @@ def test_the_server_scores_the_student_and_the_client_both(start: Start) -> None
     assert answer.metrics["teacher_accuracy"] == pytest.approx(share[1])
     assert (answer.tensors, answer.examples) == ({}, 36)
     client.method.load(client.student, client.initial)  # as the server does
-    assert models.evaluate(client.student, test, 8)["accuracy"] == pytest.approx(share[0])
+    assert evaluate(client.student, test, 8)["accuracy"] == pytest.approx(share[0])
 
 
 def test_the_server_averages_updates_by_numbers_of_texts(start: Start) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DebertaV2Config, DebertaV2Model
 
-from fedllm.models import model as models
+from fedllm.models.evaluation import evaluate
 from fedllm.models.network import Network
 from strategies.base import Exchange
 from strategies.forward.slopes import batch_loss, settled
@@ -127,7 +127,7 @@ def test_the_server_scores_again_without_the_frozen_layers_and_to_the_same_bits(
         calls.clear()
         again = method.score(model, test)
         assert not calls
-        assert again == models.evaluate(model, test, session.config.evaluation.batch_size)
+        assert again == evaluate(model, test, session.config.evaluation.batch_size)
     handle.remove()
 
 
@@ -137,10 +137,10 @@ def test_the_server_notices_changed_frozen_weights_and_keeps_to_its_budget(sessi
     with torch.no_grad():
         stack_of(model.module).layers[0].output.dense.weight.mul_(3.0)
     after = session.method.score(model, test)
-    assert after == models.evaluate(model, test, session.config.evaluation.batch_size) != before
+    assert after == evaluate(model, test, session.config.evaluation.batch_size) != before
     none = FeatureCache(0)
     for _ in range(2):
-        assert after == models.evaluate(model, test, 64, partial(none.around, model))
+        assert after == evaluate(model, test, 64, partial(none.around, model))
 
 
 def test_layers_that_hand_on_more_than_hidden_states_are_not_cached(session: Session) -> None:
@@ -158,6 +158,6 @@ def test_layers_that_hand_on_more_than_hidden_states_are_not_cached(session: Ses
     shortcut = ActivationCache(2**20).open(model, train)
     assert (shortcut.entry, shortcut.computed, shortcut.stack.share) == (None, 0, 1.0)
     features = FeatureCache(2**20)
-    plain = models.evaluate(model, train, 64)
+    plain = evaluate(model, train, 64)
     for _ in range(2):
-        assert models.evaluate(model, train, 64, partial(features.around, model)) == plain
+        assert evaluate(model, train, 64, partial(features.around, model)) == plain

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedllm.errors import ConfigError, RunFailed, WireError
-from fedllm.models import model as models
+from fedllm.models.evaluation import evaluate
 from fedllm.tensors import Tensors, fingerprint, pack, spec_of
 from strategies.base import Commit, Exchange, Replay, State
 from strategies.forward.cohort import halves
@@ -266,10 +266,10 @@ def test_the_papers_rule_asks_while_the_variance_is_above(
 @pytest.mark.slow
 def test_it_learns_from_slopes_alone(tiny_encoder: Path, tiny_texts: Path) -> None:
     session = session_with(tiny_encoder, tiny_texts, directions=20, learning_rate=0.3)
-    before = models.evaluate(session.model, session.test_tokens, 64)
+    before = evaluate(session.model, session.test_tokens, 64)
     state = federate(session, start(session), 5, range(3))
     session.method.load(session.model, state.tensors)
-    after = models.evaluate(session.model, session.test_tokens, 64)
+    after = evaluate(session.model, session.test_tokens, 64)
     assert after["loss"] < before["loss"] - 0.05
 
 

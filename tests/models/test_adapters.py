@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
 from fedllm.data.corpus import load as load_texts
 from fedllm.errors import ModelError
-from fedllm.models.model import Model, evaluate, load
+from fedllm.models.evaluation import evaluate
+from fedllm.models.model import Model, load
 from fedllm.models.saving import save
 from tests.parts import quick, task_of
 

@@ -13,7 +13,8 @@ from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
 from fedllm.data.bundled import MODELS, model_source
 from fedllm.data.corpus import Corpus, split
 from fedllm.data.corpus import load as load_texts
-from fedllm.models.model import Model, evaluate, load
+from fedllm.models.evaluation import evaluate
+from fedllm.models.model import Model, load
 from fedllm.tensors import fingerprint
 from tests.parts import task_of
 

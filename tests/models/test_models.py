@@ -19,7 +19,8 @@ from fedllm.data import bundled
 from fedllm.data.corpus import load as load_texts
 from fedllm.data.tokens import Tokens
 from fedllm.errors import ModelError
-from fedllm.models.model import Model, evaluate, load
+from fedllm.models.evaluation import evaluate
+from fedllm.models.model import Model, load
 from fedllm.models.saving import save
 from fedllm.tasks.metrics import classified
 from fedllm.tensors import fingerprint
