@@ -26,7 +26,9 @@ app = typer.Typer()
 
 @app.command(rich_help_panel=PANEL)
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help="fedkd, fwdllm, lora, or a TOML file.")],
+    experiment: Annotated[
+        str | None, typer.Argument(help="fedkd, fwdllm, lora, or a TOML file; without one they are listed.")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Cells to run, by name or label; * stands for anything.", metavar="PATTERN"),
@@ -60,6 +62,11 @@ def reproduce(
     from simulations.experiments.report import markdown, tables, write
     from simulations.experiments.runner import run_all
 
+    if experiment is None:
+        if only or quick or seeds or out or overrides or scale != "cpu":
+            raise ConfigError("which experiment? fedllm reproduce lists those there are")
+        _overview(as_json)
+        return
     asked = read(experiment)
     variant = _variant(asked, scale, quick)
     folder = out or Path("runs") / f"reproduce-{Path(experiment).stem}{'-quick' if quick else ''}"
@@ -116,6 +123,29 @@ def _variant(experiment: Experiment, scale: str, quick: bool) -> Variant | None:
     if experiment.paper_scale is None:
         raise ConfigError("this experiment has no [paper_scale]: leave --scale paper out")
     return experiment.paper_scale
+
+
+def _overview(as_json: bool) -> None:
+    """Print the experiments that come with the package, with what each takes on one core."""
+    from rich.table import Table
+
+    from fedllm.wording import human_seconds
+    from simulations.experiments import cells
+    from simulations.experiments.definition import names, read
+
+    table = Table("experiment", "what", "runs", "about, one core")
+    rows: list[dict[str, object]] = []
+    for name in names():
+        asked = read(name)
+        runs = cells.lay_out(asked, Path("runs") / f"reproduce-{name}")
+        seconds = sum(run.cost.seconds for run in runs)
+        rows.append({"name": name, "title": asked.title, "runs": len(runs), "seconds": seconds})
+        table.add_row(name, asked.title, str(len(runs)), human_seconds(round(seconds)))
+    if as_json:
+        print_json(rows)
+        return
+    results.print(table)
+    console.print("fedllm reproduce NAME runs one, --list names its runs")
 
 
 def _list(experiment: Experiment, runs: Sequence[CellRun], as_json: bool) -> None:

@@ -338,6 +338,18 @@ def test_the_list_says_what_runs_cost_and_starts_none(
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_name_the_experiments_are_listed(fedllm: Callable[..., Any]) -> None:
+    rows = json.loads(fedllm("reproduce", "--json").out)
+    assert [row["name"] for row in rows] == names()
+    one = rows[names().index("lora")]
+    listed = json.loads(fedllm("reproduce", "lora", "--list", "--json").out)
+    assert (one["runs"], one["seconds"]) == (len(listed), sum(row["seconds"] for row in listed))
+    told = fedllm("reproduce", "--list")
+    assert all(name in told.out for name in names())
+    refused = fedllm("reproduce", "--quick")
+    assert (refused.code, "which experiment?" in refused.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
