@@ -32,6 +32,7 @@ from fedllm.data.starting_point import (
     unset,
     with_choices,
 )
+from fedllm.host.accelerator import chosen_device, computes_bfloat16
 from strategies.registry import method_options
 
 __all__ = ["StartingPoint", "is_own", "usual_source"]
@@ -85,12 +86,14 @@ class StartingPoint:
         """Return a run with everything chosen that it was not given.
 
         One of which everything was given, or whose texts are bundled, is returned as it is; but for balanced
-        weights of classes, which become numbers, so that all clients use the same.
+        weights of classes, which become numbers, so that all clients use the same, and for a precision that
+        is left to the processor, which is named.
 
         Raises:
             DataError: the texts cannot be read, or not be shared out as asked.
             ModelError: the model cannot be found or read.
         """
+        config = self._precise(config)
         keys, balance = _keys(config), config.training.class_weights == "balanced"
         if not keys and not balance:
             return config
@@ -109,6 +112,14 @@ class StartingPoint:
             self._tell([f"holds it back: {sentence}" for sentence in found])
         return chosen
 
+    def _precise(self, config: RunConfig) -> RunConfig:
+        """Name the precision of the frozen part that ``model.dtype = "auto"`` leaves open."""
+        if config.model.dtype != "auto":
+            return config
+        dtype, why = _precision(config, self._deployed)
+        self._tell([f'model.dtype = "{dtype}": {why}'])
+        return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
     def _look(self, config: RunConfig) -> _Seen:
         key = config.data.model_dump_json() + config.model.model_dump_json()
         if key not in self._seen:
@@ -120,6 +131,19 @@ class StartingPoint:
             if sentence not in self._said:
                 self._said.add(sentence)
                 self._say(sentence)
+
+
+def _precision(config: RunConfig, deployed: bool) -> tuple[str, str]:
+    """Return the precision of the frozen part where it is left open, and why."""
+    if config.tuning.peft == "full":
+        return "float32", 'tuning.peft = "full" leaves nothing frozen'
+    if not method_options(config.method).descends:
+        return "float32", f'method = "{config.method}" measures slopes, which bfloat16 would round'
+    if deployed:
+        return "float32", "the devices' processors are not known here"
+    if computes_bfloat16(chosen_device()):
+        return "bfloat16", "computed natively here"
+    return "float32", "torch knows of no arithmetic for bfloat16 here"
 
 
 def _keys(config: RunConfig) -> frozenset[str]:

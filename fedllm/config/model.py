@@ -18,8 +18,9 @@ class ModelConfig(Section):
     """What the model is asked to do: ``classification``, ``causal``, or one that a plug-in adds."""
     pooling: Literal["mean", "cls", "last", "own"] = "mean"
     """How an encoder's tokens become one vector; ``own`` takes the model's own classification head."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen part; trained tensors stay float32."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Precision of the frozen part; trained tensors stay float32. ``auto``, settled as a run is started, is
+    ``bfloat16`` where this machine computes it natively and clients train by gradient."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Keep the frozen part's matrices in eight or four bits (QLoRA), through bitsandbytes."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)

@@ -14,7 +14,7 @@ from fedllm.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NAMES", "VARIABLE", "choose_device", "chosen_device", "converts_bfloat16"]
+__all__ = ["NAMES", "VARIABLE", "choose_device", "chosen_device", "computes_bfloat16", "converts_bfloat16"]
 
 VARIABLE = "FEDLLM_DEVICE"
 """Environment variable that the option ``--device`` sets, so that workers and Flower's processes follow."""
@@ -61,11 +61,25 @@ def converts_bfloat16(device: torch.device) -> bool:
 
     On x86 those without AVX512-BF16 or AMX; what torch cannot tell of is taken to have it.
     """
+    return device.type == "cpu" and bool(_of_processor()) and not computes_bfloat16(device)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device is known to have arithmetic for bfloat16; what torch cannot tell of is not."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = _of_processor() if device.type == "cpu" else {}
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _of_processor() -> dict[str, object]:
+    """Return what torch says that the processor can do, by name; nothing where it cannot tell."""
     import torch
 
     known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = ("avx512_bf16", "amx_bf16", "bf16")
-    return device.type == "cpu" and bool(known) and not any(known.get(name) for name in native)
+    return known
 
 
 def _unknown(name: str) -> ConfigError:

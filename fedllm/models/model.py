@@ -146,6 +146,11 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
     Raises:
         ModelError: the model cannot be found or read, or the adapter does not fit it.
     """
+    if config.model.dtype == "auto":
+        raise ModelError(
+            'model.dtype = "auto" is settled by fedllm simulate and fedllm run as they start a run; here '
+            'it has to be "float32" or "bfloat16"'
+        )
     device = chosen_device()
     if config.training.memory == "lean":
         give_back_large_blocks()
