@@ -69,7 +69,7 @@ def computes_bfloat16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known = _of_processor() if device.type == "cpu" else {}
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
