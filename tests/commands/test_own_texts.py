@@ -123,6 +123,7 @@ def test_repeats_and_baselines_begin_alike_and_it_is_said_once(fedllm: Fedllm, o
     assert central["rounds"] == runs[0]["rounds"]
 
 
+@pytest.mark.slow
 def test_skewed_clients_are_said_to_hold_a_run_back(fedllm: Fedllm, own: list[str]) -> None:
     skewed = ["--set", "data.partition=dirichlet", "--set", "data.alpha=0.1"]
     assert (
@@ -191,6 +192,7 @@ def test_the_form_leaves_open_what_is_going_to_be_chosen(tmp_path: Path) -> None
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_from_memory_it_is_the_same_and_a_resume_chooses_nothing(
     fedllm: Fedllm, own: list[str], rows: list[dict[str, str]], tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +250,7 @@ def test_balanced_classes_become_numbers_for_all_clients(
     assert run["training"]["class_weights"] == "none"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_submitted_holds_what_was_chosen(
     fedllm: Fedllm, own: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -103,7 +103,7 @@ def piped(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
 
 
-@pytest.mark.parametrize("method", quick(METHODS, "residual", "full"))
+@pytest.mark.parametrize("method", quick(METHODS, "full"))
 def test_the_base_is_the_base(
     fedllm: Fedllm, base: Path, tiny_texts: Path, tmp_path: Path, method: str
 ) -> None:
@@ -160,6 +160,7 @@ def test_a_run_of_conversations_is_asked_as_it_learnt(
     assert answer["continuation"].startswith(expected)
 
 
+@pytest.mark.slow
 def test_draws_are_the_seed_s(fedllm: Fedllm, tuned: Path) -> None:
     def drawn(*words: object) -> str:
         return fedllm("generate", tuned, "what", "--max-new-tokens", 12, *words).out
@@ -330,6 +331,7 @@ def test_the_base_answers_the_same_conversation(
     assert out == shown(f"{said[0]}\ntuned:\n{said[1]}\nbase:\n{said[2]}\n{said[3]}\n")
 
 
+@pytest.mark.slow
 def test_what_the_model_has_no_room_for_is_forgotten_or_refused(
     fedllm: Fedllm, tuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ def test_a_family_goes_the_whole_way(
     go_the_whole_way(task, architecture(name), "lora", tmp_path)
 
 
-@pytest.mark.parametrize("peft", ["prompt", "prefix"])
+@pytest.mark.parametrize("peft", quick(["prompt", "prefix"], "prefix"))
 def test_virtual_tokens_stand_before_what_an_encoder_reads(
     peft: str, architecture: Architecture, tmp_path: Path
 ) -> None:

@@ -175,6 +175,7 @@ def test_a_result_that_is_begun_from_brings_its_directions(session: Session) -> 
     assert session.method.plan(state, session.method.begin(state, 0)) == Commit()
 
 
+@pytest.mark.slow
 def test_a_round_sends_the_middle_and_the_head_alone(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def test_two_rounds_are_the_algorithm_written_out(of: Any, tmp_path: Path) -> No
     assert all(not torch.equal(own[0][name], own[1][name]) and own[0][name].any() for name in own[0])
 
 
+@pytest.mark.slow
 def test_nothing_tells_of_a_model_for_all(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "finished"

@@ -69,13 +69,18 @@ METHODS |= {
 
 
 SLOW = {
+    "lora-fedit",
     "lora-ffa",
+    "lora-alternate",
     "lora-svd",
+    "lora-stack",
     "lora-stack-mixed",
     "lora-hetero",
     "lora-bitfit",
     "lora-bottleneck",
+    "fwdllm",
     "fwdllm-antithetic",
+    "fwdllm-dense",
     "fwdllm-chosen",
     "fwdllm-bitfit",
     "fwdllm-bottleneck",

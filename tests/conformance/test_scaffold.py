@@ -76,7 +76,7 @@ def by_hand(session: Session, rounds: int, nodes: tuple[int, ...]) -> tuple[Tens
     return w, c
 
 
-@pytest.mark.parametrize("nodes", [(0, 1, 2, 3), (0, 2)])
+@pytest.mark.parametrize("nodes", [pytest.param((0, 1, 2, 3), marks=pytest.mark.slow), (0, 2)])
 def test_three_rounds_are_those_of_the_paper(session: Session, nodes: tuple[int, ...]) -> None:
     state, _ = train(session, 3, nodes)
     w, c = by_hand(session, 3, nodes)

@@ -319,6 +319,7 @@ def test_bbc_split_holds_out_445_articles_and_no_copy() -> None:
     assert not set(train.texts) & set(test.texts)
 
 
+@pytest.mark.slow
 def test_iid_on_bundled_text_imports_no_slow_library() -> None:
     program = (
         "import sys; from fedllm import tasks; from fedllm.config import DataConfig, RunConfig;"

@@ -86,10 +86,10 @@ def session_of(made: Any, task: str, texts: Path, folder: Path, layers: tuple[in
 @pytest.mark.parametrize(
     ("made", "task", "layers"),
     [
-        (modernbert, "classification", (0, 3)),
+        pytest.param(modernbert, "classification", (0, 3), marks=pytest.mark.slow),
         (modernbert, "classification", (0, 2, 3)),
         (deepseek, "causal", (1, 3)),
-        (deepseek, "causal", (2, 3)),
+        pytest.param(deepseek, "causal", (2, 3), marks=pytest.mark.slow),
     ],
 )
 def test_a_student_keeps_the_kinds_of_its_layers(

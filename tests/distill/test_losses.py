@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from strategies.fedkd.losses import (
     hidden_distance,
     matched_layers,
 )
-from tests.parts import task_of
+from tests.parts import quick, task_of
 
 LABELS = torch.tensor([0, 2])
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -198,8 +199,7 @@ def _finite_differences(function: Callable[[], float], leaf: torch.Tensor) -> to
     return gradient
 
 
-@pytest.mark.parametrize("literal", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("literal", "reverse"), quick(product((False, True), repeat=2), (False, True)))
 @pytest.mark.parametrize("learner", ["teacher", "student", "projections"])
 def test_one_backward_pass_gives_each_part_the_gradient_of_its_own_objective(
     literal: bool, reverse: bool, learner: str

@@ -21,6 +21,7 @@ from strategies.fwdllm.method import FwdLLM
 from strategies.registry import load_method
 from strategies.session import Session
 from tests.conformance.federation import ask, federate, reply_of, session_for, start
+from tests.parts import quick
 
 P = 6
 
@@ -60,7 +61,7 @@ def vector(tensors: Tensors) -> np.ndarray:
     return torch.cat([tensors[n].double().reshape(-1) for n in sorted(tensors)]).numpy()
 
 
-@pytest.mark.parametrize("estimator", ["jvp", "antithetic"])
+@pytest.mark.parametrize("estimator", quick(["jvp", "antithetic"], "antithetic"))
 @pytest.mark.usefixtures("no_graph")
 def test_a_whole_run_records_no_graph_and_calls_no_backward(
     tiny_encoder: Path, tiny_texts: Path, estimator: str
@@ -129,7 +130,7 @@ def test_the_step_is_the_trust_ratio_along_the_weighted_mean(session: Session) -
     np.testing.assert_allclose(after, want, rtol=1e-5, atol=1e-6 * np.abs(w).max())
 
 
-@pytest.mark.parametrize("candidates", [1, 5])
+@pytest.mark.parametrize("candidates", quick([1, 5], 5))
 def test_a_client_that_missed_rounds_catches_up_bit_for_bit(
     tiny_encoder: Path, tiny_texts: Path, candidates: int
 ) -> None:
@@ -204,7 +205,7 @@ def test_asked_again_a_client_probes_the_same_batch_further_on(
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("threshold", "exchanges"), [(1e-9, 1), (1e9, 4)])
+@pytest.mark.parametrize(("threshold", "exchanges"), quick([(1e-9, 1), (1e9, 4)], (1e-9, 1)))
 def test_pacing_asks_until_the_gate_or_the_cap(
     tiny_encoder: Path, tiny_texts: Path, threshold: float, exchanges: int
 ) -> None:

@@ -42,6 +42,7 @@ def test_one_clients_replay_is_its_own_walk(session: Session) -> None:
     assert any(not torch.equal(walked[n], state.tensors[n]) for n in walked)
 
 
+@pytest.mark.slow
 def test_order_of_clients_does_not_show(session: Session) -> None:
     one, two = (federate(session, start(session), 2, nodes) for nodes in ((0, 1, 3), (3, 0, 1)))
     assert fingerprint(one.tensors) == fingerprint(two.tensors)

@@ -174,7 +174,7 @@ ONE_WAY_EACH = [(*case, *WAYS[number % 3]) for number, case in enumerate(CASES)]
 """How a loss is taken apart and what is tuned know nothing of each other: no need of every pair."""
 
 
-@pytest.mark.parametrize(("base", "kind", "at_once", "parallel"), quick(ONE_WAY_EACH, *ONE_WAY_EACH[::5]))
+@pytest.mark.parametrize(("base", "kind", "at_once", "parallel"), quick(ONE_WAY_EACH, *ONE_WAY_EACH[::7]))
 def test_jvp_is_the_gradients_projection(
     opened: Callable[[str, str], Opened], base: str, kind: str, at_once: int, parallel: int
 ) -> None:
@@ -185,7 +185,7 @@ def test_jvp_is_the_gradients_projection(
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(("base", "kind"), quick(CASES, *CASES[::3]))
+@pytest.mark.parametrize(("base", "kind"), quick(CASES, *CASES[::10]))
 def test_antithetic_is_close_to_it(opened: Callable[[str, str], Opened], base: str, kind: str) -> None:
     model, texts = opened(base, kind)
     want = projections(model, texts.batch(SOME))

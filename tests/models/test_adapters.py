@@ -83,7 +83,6 @@ def mark(*values: str) -> Any:
     quick(
         [(*pair, ("float32", "bfloat16")[number % 2]) for number, pair in enumerate(pairs())],
         ("lora", "mean", "float32"),
-        ("prompt", "causal", "bfloat16"),
         ("full", "causal", "bfloat16"),
     ),
 )

@@ -14,6 +14,7 @@ from fedllm.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, Tu
 from fedllm.data.corpus import load as load_texts
 from fedllm.data.tokens import Batch, Tokens
 from fedllm.models.model import Model, load
+from tests.parts import quick
 
 Build = Callable[..., Model]
 
@@ -157,7 +158,7 @@ def test_no_dropout_by_default(build: Build) -> None:
 
 
 @pytest.mark.parametrize("memory", ["checkpoint", "lean"])
-@pytest.mark.parametrize("peft", ["lora", "full", "prompt"])
+@pytest.mark.parametrize("peft", quick(["lora", "full", "prompt"], "lora"))
 @pytest.mark.parametrize("pooling", ["mean", "causal"])
 def test_checkpointing_recomputes_and_gives_the_same_gradients(
     build: Build, peft: str, pooling: str, memory: str

@@ -142,6 +142,7 @@ SENTENCES = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_one_sentence_that_names_the_extra(tmp_path: Path) -> None:
     for name in ("a.parquet", "a.gguf"):
         (tmp_path / name).write_bytes(b"")

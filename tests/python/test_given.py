@@ -140,6 +140,7 @@ def test_the_same_folder_with_other_texts_is_another_run(
     assert fedllm.simulate(data=rows, overwrite=True, **settings).summary["state_sha256"] == first
 
 
+@pytest.mark.slow
 def test_a_model_from_memory_is_the_model_of_its_folder(
     small: dict[str, Any], finished: fedllm.Run, rows: Rows, tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_model_without_a_tokenizer_says_how_to_give_one(
         fedllm.simulate(out=tmp_path / "run", data=rows, model=model, progress=False)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_wherever_its_folder_lies(
     small: dict[str, Any], finished: fedllm.Run, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

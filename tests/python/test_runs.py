@@ -16,6 +16,7 @@ from tests.commands.conftest import Fedllm
 from tests.commands.conftest import fedllm as command  # noqa: F401
 
 
+@pytest.mark.slow
 def test_the_command_line_comes_to_the_same_numbers(
     command: Fedllm,  # noqa: F811
     finished: fedllm.Run,
@@ -122,6 +123,7 @@ def test_wrong_arguments_are_refused_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_the_result_of_another(
     finished: fedllm.Run, small: dict[str, Any], rows: list[dict[str, str]], tiny_texts: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +164,7 @@ def test_a_run_that_was_stopped_is_no_success(
     assert fedllm.open_run(folder).status == "stopped"
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on(
     finished: fedllm.Run, small: dict[str, Any], tiny_texts: Path, tmp_path: Path
 ) -> None:

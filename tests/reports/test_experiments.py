@@ -250,6 +250,7 @@ def test_a_measure_that_no_summary_has_is_refused(finished: tuple[Experiment, li
         findings(wrong, finished[1], {})
 
 
+@pytest.mark.slow
 def test_the_report_says_where_every_number_comes_from(
     finished: tuple[Experiment, list[CellRun]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,7 @@ def test_svg_is_sound_xml_with_ids_of_its_own(tmp_path: Path) -> None:
     assert plots.svg(figure, "traffic") == text
 
 
+@pytest.mark.slow
 def test_importing_the_module_does_not_import_matplotlib() -> None:
     code = (
         "import sys, simulations.results.report, simulations.results.compare;"

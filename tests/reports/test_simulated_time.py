@@ -33,6 +33,7 @@ def test_the_axis_is_offered_where_all_runs_have_it(tmp_path: Path) -> None:
     assert charts.axes(without) == ["round", "bytes", "seconds"]
 
 
+@pytest.mark.slow
 def test_the_report_says_when_the_best_was_reached(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (0.5, 0.9, 0.7), simulated=60.0)
     page = report.render(run, report._figures(run))

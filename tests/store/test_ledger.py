@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +51,7 @@ def test_a_truncated_ledger_is_the_ledger_of_what_is_left(entries: list[Entry], 
     assert ledger.up_per_client_round == left.up_per_client_round
 
 
+@pytest.mark.slow
 def test_store_and_ledger_import_without_torch() -> None:
     code = (
         "import sys, fedllm.runs.writer, fedllm.runs.reader, fedllm.runs.ledger;"

@@ -363,6 +363,7 @@ def test_a_running_folder_is_refused_with_the_pid(tmp_path: Path) -> None:
     RunStore.open(tmp_path / "run").close()
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_keep_the_folder(tmp_path: Path) -> None:
     store = RunStore.create(tmp_path / "run", CONFIG)
     code = (

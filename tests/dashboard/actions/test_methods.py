@@ -30,6 +30,7 @@ def config(method: str, tiny_encoder: Path, tiny_texts: Path) -> RunConfig:
     return configuration(tiny_encoder, tiny_texts, method=method, rounds=3, clients=3, **SECTIONS[method])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", quick(SECTIONS, "fwdllm"))
 def test_what_a_method_reports_is_drawn(config: RunConfig, tmp_path: Path) -> None:
     simulate(config, tmp_path / "runs" / "a")

@@ -85,6 +85,7 @@ REFUSED = f"[code: {NOT_ACTIVATED}] Failed to activate SuperNode."
 RETRYING = "WARNING :   Connection attempt failed, retrying in 0.44 seconds"
 
 
+@pytest.mark.slow
 def test_the_first_lines_say_who_where_and_with_what(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +101,7 @@ def test_the_first_lines_say_who_where_and_with_what(
     assert "data: 2 texts of 2 classes: fruit, metal" in said
 
 
+@pytest.mark.slow
 def test_texts_that_the_columns_do_not_fit_are_said_and_do_not_end_it(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

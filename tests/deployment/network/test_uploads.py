@@ -30,6 +30,7 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 
 from server.federation.inbox import Inbox
 from server.federation.uploads import ANY_REPLY, Limits, Uploads
+from tests.parts import quick
 
 MIB = 1 << 20
 
@@ -139,7 +140,7 @@ def test_a_reply_within_the_bound_arrives() -> None:
     assert link.kept() < MIB
 
 
-@pytest.mark.parametrize("announced_first", [True, False])
+@pytest.mark.parametrize("announced_first", quick([True, False], False))
 def test_a_reply_beyond_the_bound_is_deleted_and_has_failed_at_once(announced_first: bool) -> None:
     """Whether or not the run has heard of it already; the next reply of the same node is as good as any."""
     link = Link(lambda run: 6 * MIB)

@@ -16,6 +16,7 @@ from strategies.registry import resolve_run
 from tests.rounds.federation import configuration, run
 
 
+@pytest.mark.slow
 def test_a_pattern_may_fit_one_half_of_alternating_factors(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {"lora": {"method": "lora"}, "fwdllm": FORW
 CASES = [(peft, method) for peft in extra_adapters.NAMES for method in METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("peft", "method"), quick(CASES, ("bottleneck", "lora")))
 def test_a_run_from_start_to_answer(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, peft: str, method: str

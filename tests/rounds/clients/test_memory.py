@@ -152,6 +152,7 @@ def test_what_a_codec_carries_survives_a_restart_of_both_sides(
     assert run(carried, folder)["state_sha256"] == undisturbed["state_sha256"]
 
 
+@pytest.mark.slow
 def test_lost_replies_neither_lose_nor_double_a_residual(
     config: RunConfig, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_buffer_of_all_clients_is_a_synchronous_round(
     assert found[0]["seconds"]["simulated"] == pytest.approx(found[1]["seconds"]["simulated"])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bits(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

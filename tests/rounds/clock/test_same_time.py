@@ -79,6 +79,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["lora"], indirect=True)
 def test_the_slow_ones_are_late(config: RunConfig, tmp_path: Path) -> None:
     run(config, tmp_path / "run")

@@ -119,6 +119,7 @@ class ReversingGrid(LoopbackGrid):
         return replies[::-1]
 
 
+@pytest.mark.slow
 def test_the_order_of_replies_does_not_matter(config: RunConfig, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "reversed"
     run_config = {CONFIG_KEY: config.to_json(), FOLDER_KEY: str(folder)}
@@ -143,6 +144,7 @@ def test_the_ledger_holds_what_protobuf_serializes(config: RunConfig, tmp_path: 
     assert sum(per_round) == crossed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", quick(["fedit", "stack", "residual"], "residual"))
 def test_an_upload_is_compared_with_its_own_tensors(rule: str, config: RunConfig, tmp_path: Path) -> None:
     ruled = config.model_copy(update={"options": {**config.options, "rule": rule}})
@@ -151,6 +153,7 @@ def test_an_upload_is_compared_with_its_own_tensors(rule: str, config: RunConfig
     assert told["up"] - told["dense_up"] == 5 * 3 * 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", quick(["none", "quantize(bits=8)"], "quantize(bits=8)"))
 def test_references_count_no_download_that_nobody_sends(
     codec: str, config: RunConfig, tiny_encoder: Path, tmp_path: Path

@@ -57,6 +57,7 @@ def test_a_rehearsal_leaves_no_trace(tiny_encoder: Path, tiny_texts: Path, metho
     assert all(torch.equal(whole[name], tensor) for name, tensor in session.model.module.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", quick(["lora", "fedkd", "fwdllm"], "lora"))
 def test_a_rehearsal_changes_no_bit_of_a_run(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

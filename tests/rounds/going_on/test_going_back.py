@@ -115,6 +115,7 @@ def test_what_cannot_be_gone_back_to_is_not_tried_again(folder: Path) -> None:
     assert (folder / "adapter").is_dir()
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_is_passed_over_aloud(folder: Path) -> None:
     (folder / "checkpoints" / "round-000005" / "state.json").unlink()
     (folder / "checkpoints" / "round-000004" / "state.json").unlink()

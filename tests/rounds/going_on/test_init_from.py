@@ -149,6 +149,7 @@ def test_a_pool_comes_to_the_same_bits(of: Of, tmp_path: Path, lora: Path) -> No
     assert ends[0] == ends[1] != Run(lora).summary["state_sha256"]
 
 
+@pytest.mark.slow
 def test_a_client_that_is_taken_to_have_the_start_says_that_it_has_not(
     of: Of, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_run_goes_on_without_the_one_that_it_began_from(of: Of, tmp_path: Path
     assert run(Run(moved).config, moved)["state_sha256"] == whole["state_sha256"]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_yet_begins_again_from_the_same_or_not_at_all(
     of: Of, tmp_path: Path, lora: Path
 ) -> None:
@@ -298,6 +300,7 @@ def test_frozen_parts_of_another_seed_are_refused(of: Of, tmp_path: Path) -> Non
     require_begun_from(tmp_path / "run", source)
 
 
+@pytest.mark.slow
 def test_the_model_of_another_place_is_the_same(
     of: Of, tmp_path: Path, tiny_encoder: Path, lora: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_a_run_that_was_killed_as_it_was_extended_goes_on(of: Any, tmp_path: Pat
     assert (again.config.rounds, again.goes_on_as.rounds, len(again.rounds())) == (2, 2, 3)
 
 
+@pytest.mark.slow
 def test_an_extended_run_that_is_stopped_goes_on_as_any_other(of: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(of(1), folder)

@@ -65,7 +65,7 @@ def another_tokenizer(folder: Path) -> None:
     ("change", "named"),
     [
         (another_text, r"the texts of \S+texts\.jsonl are not what \S+run was begun with: bring back"),
-        (another_class, r"the texts of \S+texts\.jsonl are not"),
+        pytest.param(another_class, r"the texts of \S+texts\.jsonl are not", marks=pytest.mark.slow),
         (other_weights, r"the weights of \S+model are not what \S+run was begun with: bring back"),
         (another_tokenizer, r"the tokenizer of \S+model is not what"),
     ],
@@ -84,6 +84,7 @@ def test_a_run_does_not_go_on_with_other_things(
     assert contents() == before
 
 
+@pytest.mark.slow
 def test_the_same_things_in_other_files_are_the_same(begun: RunConfig, tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -103,6 +104,7 @@ def test_a_run_goes_on_in_another_place(begun: RunConfig, tmp_path: Path) -> Non
     restore(moved)
 
 
+@pytest.mark.slow
 def test_a_run_without_digests_goes_on_and_says_so(begun: RunConfig, tmp_path: Path) -> None:
     path = tmp_path / "run" / "provenance.json"
     told = json.loads(path.read_text())

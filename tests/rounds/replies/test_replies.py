@@ -83,7 +83,7 @@ def without_the_liar(tmp_path_factory: pytest.TempPathFactory) -> list[str | Non
     return conduct("mixed ranks", tmp_path_factory.mktemp("without") / "run", without(LIAR), **EVERYBODY)
 
 
-@pytest.mark.parametrize("name", LIES)
+@pytest.mark.parametrize("name", quick(LIES, "a memory that no database holds", "one record more"))
 def test_a_number_out_of_range_is_rejected_and_the_run_is_as_without_it(
     name: str, without_the_liar: list[str | None], tmp_path: Path
 ) -> None:
@@ -105,7 +105,7 @@ INTRODUCTIONS = {
 }
 
 
-@pytest.mark.parametrize("number", INTRODUCTIONS)
+@pytest.mark.parametrize("number", quick(INTRODUCTIONS, -1, 2))
 def test_a_client_has_a_number_of_the_run_or_stays_outside(number: float, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     conduct("mixed ranks", folder, lying(metrics(node=number), "describe"), deadline_s=0.2)
@@ -119,7 +119,7 @@ KEYS = {node + 1: node for node in range(HONEST + LIARS)}
 """Flower id and number of every client that is what it says."""
 
 
-@pytest.mark.parametrize("claimed", [2, 12, 99])
+@pytest.mark.parametrize("claimed", quick([2, 12, 99], 12))
 def test_a_number_that_the_key_does_not_prove_is_refused_by_name(claimed: int, tmp_path: Path) -> None:
     """Whoever comes first: the client whose number it is takes part."""
     folder = tmp_path / "run"
@@ -172,7 +172,7 @@ def test_each_reason_of_a_refusal_is_one_event(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["describe", "fit"])
+@pytest.mark.parametrize("kind", quick(["describe", "fit"], "fit"))
 def test_no_reason_names_a_class_of_ours(kind: str, tmp_path: Path) -> None:
     """What Flower makes of an exception in an older device's app."""
     said = "<class 'client.resident.WorkerError'>:<'the worker died 3 times over this request'>"

@@ -80,6 +80,7 @@ def test_the_result_of_the_best_round_is_that_of_its_checkpoint(
     assert not list(folder.glob(".adapter*"))
 
 
+@pytest.mark.slow
 def test_where_the_last_round_is_the_best_both_results_are_the_same(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, scores: Any, compared: list[str]
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_best_round_whose_checkpoint_is_gone_is_a_warning(
     assert warning.startswith("the result of the best round, 1, cannot be saved: checkpoint ")
 
 
+@pytest.mark.slow
 def test_a_best_result_that_is_not_the_runs_model_fails_it(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, scores: Any, compared: list[str]
 ) -> None:

@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quick(KINDS, "lora"))
 def test_the_card_says_what_the_run_was_and_its_code_loads_it(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, kind: str

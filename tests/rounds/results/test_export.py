@@ -28,7 +28,7 @@ def exported(config: Any, folder: Path, place: str, weights: str) -> tuple[str, 
     return left, written
 
 
-@pytest.mark.parametrize("rule", quick(RULES, "fedit", "stack"))
+@pytest.mark.parametrize("rule", quick(RULES, "stack"))
 def test_every_rule_exports_the_adapter_that_its_run_left(
     rule: str, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_text_has_one_answer_whatever_stands_beside_it(
             assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].__getitem__)
 
 
+@pytest.mark.slow
 def test_texts_that_the_run_would_leave_out_are_left_out(
     tiny_encoder: Path, finished: Finished, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,6 +98,7 @@ def test_more_texts_than_a_batch_holds(tiny_encoder: Path, finished: Finished) -
         )
 
 
+@pytest.mark.slow
 def test_a_text_is_continued_from_its_last_word(architecture: Architecture, finished: Finished) -> None:
     """The tokenizer ends texts, GPT-2 has 64 positions: neither that end nor what is far back is seen."""
     folder = finished(architecture("GPT2LMHeadModel"), "causal")

@@ -37,6 +37,7 @@ def conducted(encoder: Path, texts: Path, folder: Path, **sections: Any) -> Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "start"),
     [
@@ -66,7 +67,7 @@ def test_an_adapter_that_started_from_the_weights_is_true_on_the_plain_base(
         torch.testing.assert_close(model.forward(batch).logits, logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "head.safetensors"])
+@pytest.mark.parametrize("file", quick(["adapter_model.safetensors", "head.safetensors"], "head.safetensors"))
 def test_a_result_that_is_not_the_run_fails_it(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_check_that_killed_the_process_is_not_tried_again(
     assert (folder / "adapter" / "README.md").read_text().startswith('---\nbase_model: "')
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_loaded_says_so(tiny_encoder: Path, tiny_texts: Path, tmp_path: Path) -> None:
     folder = conducted(tiny_encoder, tiny_texts, tmp_path / "run", method="lora")
     session = Session(configuration(tiny_encoder, tiny_texts, rounds=2, method="lora"))
@@ -216,7 +218,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", quick(KINDS, "student", "prompt"))
+@pytest.mark.parametrize("kind", quick(KINDS, "prompt"))
 def test_whatever_a_run_saves_is_read_back(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, read: list[str], kind: str
 ) -> None:

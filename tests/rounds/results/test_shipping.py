@@ -15,6 +15,7 @@ from fedllm.errors import ConfigError, RunFailed
 from simulations.results import shipping
 from simulations.results.predict import plain_model, tokenizer
 from simulations.results.shipping import ship
+from tests.parts import quick
 from tests.rounds.federation import configuration, run
 
 TEXTS = ["the apple and one old pear", "zinc", "we saw a heron near the otter again today"]
@@ -85,6 +86,7 @@ def test_eight_bits_are_smaller_and_said_to_differ(encoder_run: Path, tmp_path: 
     assert 1e-4 < compared.difference < 0.5
 
 
+@pytest.mark.slow
 def test_a_student_is_a_plain_model_already(tiny_encoder: Path, tiny_texts: Path, tmp_path: Path) -> None:
     run(configuration(tiny_encoder, tiny_texts, rounds=1, method="fedkd"), tmp_path / "run")
     place, compared = ship(tmp_path / "run", tmp_path / "out", "merged", check=True)
@@ -93,6 +95,7 @@ def test_a_student_is_a_plain_model_already(tiny_encoder: Path, tiny_texts: Path
     assert compared.score == compared.run_score
 
 
+@pytest.mark.slow
 def test_what_differs_is_not_left_behind(
     encoder_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_what_differs_is_not_left_behind(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_else_lies_in_the_folder_stays(
     encoder_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +120,7 @@ def test_what_else_lies_in_the_folder_stays(
         ship(encoder_run, tmp_path, "merged")
 
 
-@pytest.mark.parametrize("form", ["merged", "onnx"])
+@pytest.mark.parametrize("form", quick(["merged", "onnx"], "merged"))
 def test_an_adapter_that_no_weights_can_hold_is_refused(
     form: shipping.Format, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
