@@ -50,6 +50,7 @@ ROWS = [
     Row("quantize(bits=1, block=256, stochastic=true)", 1 + 32 / 256, 9),
     Row("sign", 1 + 32 / 4096, 0.3653),
     Row("nf4", 4.5, 0.0086),
+    Row("natural(bits=3)", 3 + 32 / 4096, 0.18),
     Row("rotate | sign", 1 + 32 / 4096, 0.573),
     Row("rotate | quantize(bits=1)", 1 + 32 / 4096, 0.573),
     Row("rotate | quantize(bits=1.5)", 1.5 + 32 / 4096, 0.36),
