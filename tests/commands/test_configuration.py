@@ -168,8 +168,8 @@ def test_every_default_of_the_table_is_the_one_of_a_run() -> None:
         if key.default and key.name not in ("name", "method"):
             section = key.name.partition(".")[0]
             base = {"method": section} if section in method_names() else {}
-            plain = resolve_run(base)
-            assert resolve_run(base, [f"{key.name}={key.default}"]) == plain, key.name
+            plain = resolve_keys(base)
+            assert resolve_keys(base, [f"{key.name}={key.default}"]) == plain, key.name
 
 
 def test_the_pages_example_resolves(tmp_path: Path) -> None:
