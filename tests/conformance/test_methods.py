@@ -65,6 +65,7 @@ METHODS |= {
     "fedkseed": {"method": "mezo", "options": {"candidates": 16}, **FORWARD},
     "fedkd": {"method": "fedkd"},
     "scaffold": {"method": "scaffold", "training": SGD},
+    "fednova": {"method": "fednova", "training": SGD, "options": {"epochs": 0.4}},
 }
 
 

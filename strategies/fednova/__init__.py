@@ -1,0 +1,1 @@
+"""Averaging of clients that take unlike numbers of local steps: FedNova."""
