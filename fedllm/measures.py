@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
-__all__ = ["Measure", "better", "finite", "in_order", "judged", "leading", "measure", "measured_by"]
+__all__ = ["Measure", "better", "deciding", "finite", "in_order", "judged", "leading", "measure"]
 
 Form = Literal["share", "percent", "loss", "ratio", "number"]
 
@@ -65,23 +65,23 @@ _MEASURES = {
 }
 """By name, in the order in which people look at them."""
 
-_MEASURED_BY = {
-    "classification": ("accuracy", "macro_f1", "mcc", "loss"),
-    "regression": ("pearson", "spearman", "rmse", "loss"),
-    "tokens": ("f1", "precision", "recall", "loss"),
-    "span": ("exact_match", "f1", "loss"),
-    "causal": ("perplexity", "loss"),
-    "instruct": ("perplexity", "token_accuracy", "exact_match", "rouge_l", "loss"),
-    "seq2seq": ("perplexity", "rouge_l", "bleu", "loss"),
-    "ranking": ("auc", "mrr", "ndcg_5", "ndcg_10", "loss"),
-    "preference": ("reward_accuracy", "reward_margin", "loss"),
+_DECIDES = {
+    "classification": "accuracy",
+    "regression": "pearson",
+    "tokens": "f1",
+    "span": "exact_match",
+    "causal": "perplexity",
+    "instruct": "perplexity",
+    "seq2seq": "perplexity",
+    "ranking": "auc",
+    "preference": "reward_accuracy",
 }
-"""By fedllm's own tasks; of a plug-in's :func:`strategies.registry.resolve_keys` writes down the first."""
+"""By task, for runs that were stored before :func:`strategies.registry.resolve_keys` wrote it down."""
 
 
-def measured_by(task: str) -> tuple[str, ...]:
-    """Return what a task measures on the server's test set, the metric first that decides unless told."""
-    return _MEASURED_BY.get(task, ("loss",))
+def deciding(task: str) -> str:
+    """Return the metric that decides which round of a task is best, unless ``evaluation.metric`` does."""
+    return _DECIDES.get(task, "loss")
 
 
 def measure(name: str) -> Measure:

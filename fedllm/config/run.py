@@ -18,7 +18,7 @@ from fedllm.config.server import ServerConfig
 from fedllm.config.training import TrainingConfig
 from fedllm.devices import SimulationConfig
 from fedllm.errors import ConfigError
-from fedllm.measures import measured_by
+from fedllm.measures import deciding
 from fedllm.section import Section
 
 
@@ -34,7 +34,7 @@ class RunConfig(Section):
     rounds: int = Field(default=10, ge=1)
     """Rounds that are committed before the run is finished, unless ``evaluation.patience`` ends it before."""
     method: str = "lora"
-    """``fedavg``, ``lora``, ``fwdllm``, ``mezo``, ``fedkd``, ``scaffold``, or one that a plug-in adds."""
+    """``lora``, ``fedavg``, ``fwdllm``, ``fedkd``, another folder of strategies/, or what a plug-in adds."""
     plugins: tuple[str, ...] = ()
     """Modules or .py files that add methods or codec stages; installed plug-ins need not be named."""
     init_from: str | None = None
@@ -134,7 +134,7 @@ class RunConfig(Section):
     @property
     def metric(self) -> str:
         """The metric that decides which round is the best, and is shown first."""
-        return self.evaluation.metric or measured_by(self.model.task)[0]
+        return self.evaluation.metric or deciding(self.model.task)
 
     def _require_mode(self) -> None:
         """Refuse what means nothing in the mode that rounds are in."""

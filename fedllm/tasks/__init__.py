@@ -1,4 +1,4 @@
-"""Tasks by name: those of this package, one file each, and those that plug-ins add.
+"""Tasks by name: those that modules of this package hold in ``TASKS``, and those that plug-ins add.
 
 No task's module imports torch at its top, so that the command line, the form and the check of a configuration
 know every task and stay quick.
@@ -6,7 +6,9 @@ know every task and stay quick.
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 
 from fedllm import plugins
@@ -18,18 +20,11 @@ from fedllm.wording import suggest
 
 __all__ = ["Task", "kind", "names", "of", "with_classes"]
 
-_OWN = {
-    "classification": "Classification",
-    "regression": "Regression",
-    "tokens": "TokenTask",
-    "span": "Span",
-    "causal": "Causal",
-    "instruct": "Instruct",
-    "seq2seq": "Seq2Seq",
-    "ranking": "Ranking",
-    "preference": "Preference",
-}
-"""The module in this package that holds a task has its name; here is the class in it."""
+
+@cache
+def _own() -> dict[str, type[Task]]:
+    modules = (import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return {task.name: task for module in modules for task in getattr(module, "TASKS", ())}
 
 
 def names() -> list[str]:
@@ -38,7 +33,7 @@ def names() -> list[str]:
     >>> {"classification", "causal"} <= set(names())
     True
     """
-    return [*_OWN, *sorted(_added())]
+    return sorted({**_own(), **_added()})
 
 
 def kind(name: str) -> type[Task]:
@@ -47,13 +42,10 @@ def kind(name: str) -> type[Task]:
     Raises:
         ConfigError: there is no such task; names the nearest.
     """
-    if name in _OWN:
-        found: type[Task] = getattr(import_module(f"fedllm.tasks.{name}"), _OWN[name])
-        return found
-    added = _added()
-    if name not in added:
-        raise ConfigError(f"model.task = {name!r} is unknown{suggest(name, names())}")
-    return added[name]
+    known = {**_own(), **_added()}
+    if name not in known:
+        raise ConfigError(f"model.task = {name!r} is unknown{suggest(name, known)}")
+    return known[name]
 
 
 def of(config: RunConfig) -> Task:
@@ -80,4 +72,4 @@ def with_classes(config: RunConfig) -> RunConfig:
 
 
 def _added() -> Mapping[str, type[Task]]:
-    return plugins.new("task", _OWN, plugins.tasks())
+    return plugins.new("task", _own(), plugins.tasks())

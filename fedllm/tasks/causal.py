@@ -92,3 +92,6 @@ class Causal(PerToken):
     def shown(self, answer: Mapping[str, Any]) -> str:
         """Return the text with what comes after it."""
         return f"{answer['text']}{answer['continuation']}"
+
+
+TASKS = (Causal,)

@@ -235,6 +235,9 @@ class Classification(Task):
         return found
 
 
+TASKS = (Classification,)
+
+
 def encode_texts(corpus: Corpus, tokenizer: Any, max_length: int, overlong: Overlong = "truncate") -> Tokens:
     """Tokenise texts, each with its ``pair`` where its parts hold one.
 

@@ -16,7 +16,7 @@ from fedllm.errors import DataError
 from fedllm.tasks.base import IGNORED, Exercise, PerToken, Scorer
 from fedllm.tasks.causal import Causal, Perplexity
 from fedllm.tasks.chat import Answered, cut, render, turn_ends, with_answers
-from fedllm.tasks.generated import exact_match, rouge_l
+from fedllm.tasks.metrics import exact_match, rouge_l
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +137,9 @@ class Instruct(Causal):
     def marks(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
         """Return ``exact_match`` and ``rouge_l``."""
         return {"exact_match": exact_match(written, wanted), "rouge_l": rouge_l(written, wanted)}
+
+
+TASKS = (Instruct,)
 
 
 def answered_rows(found: Sequence[Answered], tokenizer: Any, max_length: int) -> Tokens:

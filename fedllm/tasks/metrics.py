@@ -12,7 +12,17 @@ import numpy as np
 from fedllm.data.partition import Indices
 from fedllm.wording import number
 
-__all__ = ["by_class", "classified", "means", "neglect", "spread"]
+__all__ = [
+    "bleu",
+    "by_class",
+    "classified",
+    "exact_match",
+    "means",
+    "neglect",
+    "rouge_l",
+    "several",
+    "spread",
+]
 
 _OF_THE_WHOLE = ("macro_f1", "mcc")
 """What is no mean over texts."""
@@ -178,3 +188,32 @@ def neglect(metrics: Mapping[str, float], classes: Mapping[str, Mapping[str, Any
     if "accuracy" not in metrics:
         return f"the model never predicts {shown}"
     return f"the model never predicts {shown}: look at macro-F1 {f1} beside accuracy {accuracy}"
+
+
+def exact_match(written: Sequence[str], wanted: Sequence[str]) -> float:
+    """Return the share of answers that are the wanted ones, blanks at their ends aside.
+
+    >>> exact_match([" 42", "43"], ["42", "42"])
+    0.5
+    """
+    hits = sum(one.strip() == other.strip() for one, other in zip(written, wanted, strict=True))
+    return hits / max(len(wanted), 1)
+
+
+def rouge_l(written: Sequence[str], wanted: Sequence[str]) -> float:
+    """Return the mean F-measure of longest common subsequences of words (Lin, 2004), in [0, 1]."""
+    from torchmetrics.functional.text import rouge_score
+
+    if not wanted:
+        return 0.0
+    found = rouge_score(list(written), list(wanted), rouge_keys="rougeL")
+    return float(found["rougeL_fmeasure"])
+
+
+def bleu(written: Sequence[str], wanted: Sequence[str]) -> float:
+    """Return the corpus's BLEU with sacreBLEU's tokens (Post, WMT 2018), 0 to 100."""
+    from torchmetrics.functional.text import sacre_bleu_score
+
+    if not any(one.strip() for one in written):
+        return 0.0
+    return 100.0 * float(sacre_bleu_score(list(written), [[one] for one in wanted]))

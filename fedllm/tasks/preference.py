@@ -165,6 +165,9 @@ class Preference(Causal):
         return _Rewards(self, tokens)
 
 
+TASKS = (Preference,)
+
+
 def _last(found: Answered, turns: int) -> Answered:
     """Return a conversation with only its last so many answers marked."""
     starts = [i for i, said in enumerate(found.mask) if said and not (i and found.mask[i - 1])]

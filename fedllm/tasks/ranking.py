@@ -168,3 +168,6 @@ class Ranking(Task):
             ranked.sort(key=lambda one: one["score"], reverse=True)
             found.append((number, {"ranked": ranked}))
         return found
+
+
+TASKS = (Ranking,)

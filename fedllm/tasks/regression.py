@@ -140,6 +140,9 @@ class Regression(Task):
         return [{"value": value * deviation + mean} for value in logits[:, 0].cpu().tolist()]
 
 
+TASKS = (Regression,)
+
+
 def _scale(names: Sequence[str]) -> tuple[float, float]:
     mean, deviation = (float(name.rpartition(" ")[2]) for name in names)
     return mean, deviation

@@ -12,7 +12,7 @@ from fedllm.data.columns import text
 from fedllm.data.corpus import Example
 from fedllm.tasks.base import IGNORED, Exercise, PerToken, Pooling, Scorer
 from fedllm.tasks.causal import Perplexity
-from fedllm.tasks.generated import bleu, rouge_l
+from fedllm.tasks.metrics import bleu, rouge_l
 
 if TYPE_CHECKING:
     from fedllm.config import DataConfig
@@ -83,3 +83,6 @@ class Seq2Seq(PerToken):
     def shown(self, answer: Mapping[str, Any]) -> str:
         """Return what was made of a text."""
         return str(answer["continuation"])
+
+
+TASKS = (Seq2Seq,)

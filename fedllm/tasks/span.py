@@ -259,6 +259,9 @@ class Span(Task):
         return f"{answer['answer'] or '(no answer in the text)'}\t{answer['text']}"
 
 
+TASKS = (Span,)
+
+
 def _said(context: str, quote: Quote) -> str:
     return context[quote.start : quote.end] if quote.score > 0 else ""
 

@@ -244,6 +244,9 @@ class TokenTask(PerToken):
         return shown + text[end:]
 
 
+TASKS = (TokenTask,)
+
+
 def _unanswered(row: Row, names: Mapping[str, str]) -> Row:
     """Return a row without whatever tags it has."""
     tokens = names.get("tokens", "tokens")
