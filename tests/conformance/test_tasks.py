@@ -129,6 +129,16 @@ def _question(pick: random.Random, number: int) -> dict[str, Any]:
     return {"question": question, "context": context, "answers": {"text": found, "answer_start": starts}}
 
 
+def _choice(pick: random.Random, number: int) -> dict[str, Any]:
+    """The word of the question's class, among words of all."""
+    kinds = pick.sample([*CLASSES], k=3)
+    return {
+        "prompt": " ".join(["the", CLASSES[_label(number)][number % 5]]),
+        "choices": [" ".join(["a", pick.choice(CLASSES[kind])]) for kind in kinds],
+        "answer": kinds.index(_label(number)),
+    }
+
+
 def _long(pick: random.Random, number: int) -> dict[str, Any]:
     return {
         "text": " ".join(_words(pick, _label(number)) for _ in range(1 + number % 3)),
@@ -163,6 +173,7 @@ TASKS: dict[str, tuple[str, Rows, dict[str, Any]]] = {
         _made(_long),
         {"model": {"task": "causal"}, "data": {"max_length": 11, "overlong": "drop"}},
     ),
+    "choice": (ENCODER, _made(_choice), {"model": {"task": "choice"}}),
     "preference": (DECODER, _made(_preference), {"model": {"task": "preference"}}),
 }
 """Architecture, rows and settings."""
@@ -368,7 +379,18 @@ def test_answers_are_generated_and_scored(
 @pytest.mark.parametrize("task", quick(TASKS, *(task for task, _ in QUICK)))
 def test_a_run_answers_rows_that_lack_what_is_predicted(task: str, whole: Callable[[str, str], Path]) -> None:
     folder = whole(task, "lora")
-    hidden = {"label", "clicks", "response", "target", "chosen", "rejected", "tags", "entities", "answers"}
+    hidden = {
+        "label",
+        "answer",
+        "clicks",
+        "response",
+        "target",
+        "chosen",
+        "rejected",
+        "tags",
+        "entities",
+        "answers",
+    }
     rows = [{name: value for name, value in row.items() if name not in hidden} for row in TASKS[task][1][:3]]
     answers = predict(folder, rows)
     assert len(answers) == 3
