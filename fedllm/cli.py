@@ -15,7 +15,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedllm.errors import FedllmError, Interrupted, no_permission
+from fedllm.errors import FedllmError, Interrupted, refused_by_the_system
 from fedllm.terminal.console import console, json_wanted, print_json
 
 __all__ = ["app", "main"]
@@ -80,9 +80,9 @@ def _exit_code() -> int:
         return _said(Interrupted("interrupted"))
     except FedllmError as error:
         return _said(error)
-    except PermissionError as error:
-        return _said(no_permission(error))
     except Exception as error:
+        if isinstance(error, OSError) and (refusal := refused_by_the_system(error)) is not None:
+            return _said(refusal)
         _failed(error, str(error), 1)
         raise  # a fault of fedllm's own keeps its traceback
 

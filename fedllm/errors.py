@@ -16,6 +16,8 @@ Everything else that escapes is a bug in fedllm and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+
 __all__ = [
     "CodecError",
     "ConfigError",
@@ -27,7 +29,7 @@ __all__ = [
     "RunFailed",
     "StoreError",
     "WireError",
-    "no_permission",
+    "refused_by_the_system",
 ]
 
 
@@ -82,6 +84,27 @@ class Interrupted(FedllmError):
     exit_code = 130
 
 
-def no_permission(error: PermissionError) -> StoreError:
-    """Return what the system would not let us do as a sentence."""
-    return StoreError(f"no permission for {error.filename or 'this'}: {error.strerror or error}")
+_REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EFBIG,
+}
+"""What a system answers to good requests: no space, no quota, read-only, no folder, too long."""
+
+
+def refused_by_the_system(error: OSError) -> StoreError | None:
+    """Return what the system would not let us do as a sentence; None for what is nobody's mistake but ours.
+
+    >>> str(refused_by_the_system(NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/x")))
+    'the system refuses /dev/null/x: Not a directory'
+    """
+    where = error.filename or "this"
+    if isinstance(error, PermissionError):
+        return StoreError(f"no permission for {where}: {error.strerror or error}")
+    if error.errno in _REFUSALS:
+        return StoreError(f"the system refuses {where}: {error.strerror or error}")
+    return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fedllm.config import RunConfig
-from fedllm.errors import ConfigError, no_permission
+from fedllm.errors import ConfigError, refused_by_the_system
 from fedllm.extras import require
 from fedllm.presets import document, origin
 from fedllm.runs.reader import Run as Stored
@@ -400,5 +400,7 @@ def _resumable(folder: Path) -> Iterator[None]:
 def _explained() -> Iterator[None]:
     try:
         yield
-    except PermissionError as error:
-        raise no_permission(error) from error
+    except OSError as error:
+        if (refusal := refused_by_the_system(error)) is None:
+            raise
+        raise refusal from error

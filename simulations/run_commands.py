@@ -90,6 +90,8 @@ def simulate(
         baseline=baseline,  # type: ignore[arg-type]  # narrowed just above
         choose=StartingPoint(console.print),
     )
+    for run in planned:
+        run.config.placed(deployed=False)  # refuses what only a deployment can do
     if dry_run:
         if as_json:
             print_json([run.config.to_document() for run in planned])

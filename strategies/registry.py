@@ -134,8 +134,10 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
     Raises:
         ConfigError: names what was given and what is allowed.
     """
+    overrides = list(overrides)
     config = resolve_keys(document, overrides)
     open_method(config)
+    _require_tuned(config, overrides)
     codecs = open_codecs(config)
     if codecs.up.stateful and config.privacy.clip is not None:
         raise ConfigError(
@@ -148,6 +150,28 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
             "for a while does not have; use error_feedback"
         )
     return config
+
+
+def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
+    """Refuse an override of [tuning] that the run does not follow."""
+    given = {".".join(path[:2]): (said, value) for said, path, value in map(read_override, overrides)}
+    if not any(key.startswith("tuning.") for key in given):
+        return
+    from fedllm.models.adapters import unread
+
+    said, peft = given.get("tuning.peft", ("", "full"))
+    if "tuning.rank" in method_options(config.method).unread and peft != "full":
+        raise ConfigError(
+            f'{said}: method = "{config.method}" tunes the whole model; use method = "lora", or leave it out'
+        )
+    for key in sorted(unread(config.tuning.peft) & given.keys()):
+        said, value = given[key]
+        field = type(config.tuning).model_fields[key.partition(".")[2]]
+        if value != field.get_default(call_default_factory=True) and value != []:
+            raise ConfigError(
+                f'{said} would be without effect: tuning.peft = "{config.tuning.peft}" has no such setting; '
+                "leave it out"
+            )
 
 
 def _plugins(document: Mapping[str, Any], overrides: Iterable[Override]) -> list[str]:

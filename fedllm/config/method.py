@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from fedllm.section import Section
 
@@ -15,8 +16,12 @@ class MethodOptions(Section):
         implementation: where the method itself is, as ``"module:class"``; imported once it is chosen.
         descends: whether its clients take ``training.local_steps`` steps down the gradient, so that their
             number and rate can be chosen from the texts.
+        unread: keys of the run's other sections that the method does not read, such as ``tuning.rank``.
+        needs: options that only count beside another: its name, and the values that let them count.
     """
 
     method: ClassVar[str]
     implementation: ClassVar[str]
     descends: ClassVar[bool] = False
+    unread: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}

@@ -23,7 +23,7 @@ from fedllm.models import extra_adapters
 from fedllm.models.peft_options import check_options, refuse_ignored
 from fedllm.wording import suggest
 
-__all__ = ["attach", "method_names"]
+__all__ = ["attach", "method_names", "unread"]
 
 # peft's names carry a suffix that nobody writes, and two common methods are switches of lora there.
 _ALIASES = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
@@ -53,6 +53,32 @@ def method_names() -> list[str]:
     """
     of_peft = [kind.lower().replace("_", "-") for kind in _kinds()]
     return sorted({*of_peft, *_ALIASES, *_SWITCHES, *_small()})
+
+
+def unread(name: str) -> frozenset[str]:
+    """Return the keys of ``[tuning]`` that a method does not read, such as the rank of what has none.
+
+    Args:
+        name: as ``tuning.peft`` takes it.
+
+    Raises:
+        ModelError: there is no such method.
+
+    >>> sorted(unread("ia3")), sorted(unread("full"))
+    (['tuning.alpha', 'tuning.rank'], ['tuning.alpha', 'tuning.options', 'tuning.rank', 'tuning.targets'])
+    """
+    plain = _plain(name)
+    if plain == "full":
+        read = set()
+    elif plain in _small():
+        # Those without options say so themselves; so does a head that is given targets.
+        read = {"options", "targets"} | ({"rank"} if plain not in ("head", "bitfit") else set())
+    else:
+        fields = set(_fields(_config_class(name)))
+        read = {"options", "targets"}
+        read |= {"rank"} if fields & {"r", "init_r"} and "oft_block_size" not in fields else set()
+        read |= {"alpha"} if fields & {"lora_alpha", "alpha"} else set()
+    return frozenset(f"tuning.{key}" for key in ("alpha", "options", "rank", "targets") if key not in read)
 
 
 def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) -> Any:

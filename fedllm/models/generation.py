@@ -58,10 +58,9 @@ class Sampling:
             raise ConfigError(f"temperature = {self.temperature:g} must be 0 (the likeliest token) or above")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p:g} must be above 0 and at most 1")
-        if self.top_p < 1 and self.temperature == 0:
-            raise ConfigError(
-                f"top_p = {self.top_p:g} has no effect where the likeliest token is taken: set a temperature"
-            )
+        idle = f"top_p = {self.top_p:g}" if self.top_p < 1 else f"seed = {self.seed}" if self.seed else ""
+        if idle and self.temperature == 0:
+            raise ConfigError(f"{idle} has no effect where the likeliest token is taken: set a temperature")
 
 
 GREEDY = Sampling()

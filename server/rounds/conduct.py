@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedllm.config import RunConfig
 from fedllm.data.digests import require_same_inputs
 from fedllm.devices import described
-from fedllm.errors import ConfigError, FedllmError, RunFailed, StoreError
+from fedllm.errors import ConfigError, DataError, FedllmError, ModelError, RunFailed, StoreError
 from fedllm.measures import in_order
 from fedllm.models.readback import Unchecked, require_true
 from fedllm.runs import checkpoint
@@ -82,7 +82,7 @@ def conduct(
         session = open_session(config.to_json())  # as clients of this process ask for it
         config = config.placed(deployed=transport is not None)
         run = _same_run(folder, config, deployed=transport is not None) if begun else uuid4().hex[:12]
-        session.prepare()
+        _prepare(session, begun)
         known = Run(folder).provenance.get("inputs", {}) if begun else session.inputs
         require_same_inputs(folder, config, known, session.inputs)
         saved = _checkpoint(folder) if begun else None
@@ -149,6 +149,19 @@ def _taken_back_if_refused(folder: Path, begun: bool) -> Iterator[None]:
             with suppress(StoreError):
                 Run(folder).stay()
         raise
+
+
+def _prepare(session: Session, begun: bool) -> None:
+    """Load texts and model; where that fails only now, what they were when the run was begun is gone."""
+    try:
+        session.prepare()
+    except (DataError, ModelError) as error:
+        if not begun:
+            raise
+        raise type(error)(
+            f"{error}; it did not stand in the run's way when it was begun: bring back what was there, or "
+            "begin another run in another folder"
+        ) from error
 
 
 def _same_run(folder: Path, config: RunConfig, *, deployed: bool) -> str:

@@ -13,3 +13,4 @@ class Options(MethodOptions):
     method = "fedavg"
     implementation = "strategies.fedavg.method:FedAvg"
     descends = True
+    unread = ("tuning.rank", "tuning.alpha", "tuning.targets", "tuning.options")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import Field
@@ -17,6 +18,20 @@ class Options(MethodOptions):
     method = "fedkd"
     implementation = "strategies.fedkd.method:FedKD"
     descends = True
+    needs = MappingProxyType(
+        {
+            "layers": ("student", (None,)),
+            "teacher_learning_rate": ("teacher", (True,)),
+            "teacher_optimizer": ("teacher", (True,)),
+            "mutual": ("teacher", (True,)),
+            "hidden": ("teacher", (True,)),
+            "attention": ("teacher", (True,)),
+            "ramp": ("teacher", (True,)),
+            "mutual_weight": ("mutual", (True,)),
+            "temperature": ("mutual", (True,)),
+            "divergence": ("mutual", (True,)),
+        }
+    )
 
     layers: int | tuple[int, ...] = 2
     """Layers of the base model that the student keeps: how many, spread evenly, or which ones, from 0."""

@@ -7,7 +7,26 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from strategies.forward.cohort import MOST_SLOPES
 
-__all__ = ["check_codecs", "check_count"]
+__all__ = ["check_codecs", "check_count", "check_training"]
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse what changes a step down a gradient, of which there is none.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    training = config.training
+    if training.recomputes:
+        raise ConfigError(
+            f"{training.recomputing} is for backward passes, and {config.method} makes none; leave it out"
+        )
+    for name in ("proximal", "weight_decay", "max_grad_norm"):
+        if value := getattr(training, name):
+            raise ConfigError(
+                f"training.{name} = {value:g} is for steps down a gradient, and {config.method} takes none; "
+                "leave it out"
+            )
 
 
 def check_codecs(config: RunConfig, *, fresh: str, replayed: bool) -> None:

@@ -39,7 +39,7 @@ from strategies.forward.cohort import MOST_INDICES, Cohort, gradient, halves, pa
 from strategies.forward.directions import Direction, Kind
 from strategies.forward.outlook import announce, warn_of_setup
 from strategies.forward.slopes import Slopes, batch_loss, passes, settled, slopes
-from strategies.forward.uploads import check_codecs, check_count
+from strategies.forward.uploads import check_codecs, check_count, check_training
 from strategies.forward.vectors import Flat, entries, flatten, norm, shaped
 from strategies.fwdllm.activations import ActivationCache, FeatureCache, stack_of
 from strategies.fwdllm.options import Options
@@ -349,10 +349,7 @@ def _check(config: RunConfig, options: Options) -> None:
         raise ConfigError(
             'fwdllm.upload = "dense" does not say which directions were chosen: leave fwdllm.candidates at 1'
         )
-    if config.training.recomputes:
-        raise ConfigError(
-            f"{config.training.recomputing} is for backward passes, and fwdllm makes none; leave it out"
-        )
+    check_training(config)
     exchanges = 1 if options.pacing == "fixed" else options.max_exchanges
     if options.candidates > 1 and options.candidates * options.directions * exchanges > MOST_INDICES:
         raise ConfigError(

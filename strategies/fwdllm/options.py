@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import Field
@@ -21,6 +22,21 @@ class Options(MethodOptions):
 
     method = "fwdllm"
     implementation = "strategies.fwdllm.method:FwdLLM"
+    unread = (
+        "training.local_steps",
+        "training.optimizer",
+        "training.learning_rate",
+        "training.schedule",
+    )
+    needs = MappingProxyType(
+        {
+            "radius": ("estimator", ("antithetic",)),
+            "parallel": ("estimator", ("jvp",)),
+            "threshold": ("pacing", ("ratio", "variance")),
+            "pacing_tensor": ("pacing", ("variance",)),
+            "max_exchanges": ("pacing", ("ratio", "variance")),
+        }
+    )
 
     directions: int = Field(10, ge=1, le=10_000)
     """Directions that a client probes per exchange (P)."""

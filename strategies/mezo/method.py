@@ -32,7 +32,7 @@ from strategies.forward.cohort import Cohort, gradient, pack_cohort, unpack_coho
 from strategies.forward.directions import Direction, add_scaled, combine
 from strategies.forward.outlook import announce
 from strategies.forward.slopes import antithetic, batch_loss, settled
-from strategies.forward.uploads import check_codecs, check_count
+from strategies.forward.uploads import check_codecs, check_count, check_training
 from strategies.forward.vectors import entries, flatten, norm, shaped
 from strategies.mezo.options import Options
 from strategies.tryout import try_probes
@@ -60,10 +60,7 @@ class MeZO(Method):
     def __init__(self, config: RunConfig) -> None:
         if config.server.optimizer != "sgd" or config.server.learning_rate != 1.0:
             raise ConfigError("mezo replays its steps: leave server.optimizer and server.learning_rate alone")
-        if config.training.recomputes:
-            raise ConfigError(
-                f"{config.training.recomputing} is for backward passes, and mezo makes none; leave it out"
-            )
+        check_training(config)
         self.config = config
         self.options = Options.model_validate(config.options)
         check_codecs(config, fresh="" if self.options.candidates else "mezo.candidates", replayed=True)

@@ -29,6 +29,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
             "--set fwdllm.directions=50 is for method = 'fwdllm', and this run's is 'lora'",
         ),
         ("data.classes=['a', 'b', 'a']", "data.classes: 'a' stands twice; name each class once"),
+        ("data.classes_per_client=3", 'is for data.partition = "pathological"; leave it out'),
+        ("data={by='who'}", 'data.by is for data.partition = "natural" or model.task = "ranking"'),
+        ("server.momentum=0.5", 'is for server.optimizer = "momentum", "adam" or "yogi"; leave it out'),
+        ("evaluation.new_tokens=8", "is for evaluation.generate above 0; leave it out"),
         ("data=5", "data = 5 is not allowed: it takes a section of keys and values"),
         ("lora=5", "lora = 5 is not allowed: it takes a section of keys and values"),
         ("data.classes=sport", "data.classes = 'sport' is not allowed: it takes a list, such as ['sport']"),
@@ -46,6 +50,54 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 def test_what_would_have_no_effect_is_refused(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         resolve_run(document("quickstart"), [override])
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "sentence"),
+    [
+        ("fedavg", ["data.alpha=1"], 'is for data.partition = "dirichlet"; leave it out'),
+        (
+            "fedavg",
+            ["tuning.rank=2"],
+            "tuning.rank is for other methods, and this run",
+        ),
+        ("fedavg", ["tuning.peft=lora"], 'method = "fedavg" tunes the whole model; use method = "lora"'),
+        (
+            "lora",
+            ["tuning.rank=2", "tuning.peft=ia3"],
+            'tuning.peft = "ia3" has no such setting',
+        ),
+        ("lora", ["tuning.alpha=2", "tuning.peft=bitfit"], 'tuning.peft = "bitfit" has no such setting'),
+        ("mezo", ["training.optimizer=sgd"], "training.optimizer is for other methods"),
+        ("fwdllm", ["training.local_steps=2"], "training.local_steps is for other methods"),
+        ("fwdllm", ["training.proximal=0.1"], "is for steps down a gradient, and fwdllm takes none"),
+        ("mezo", ["training.max_grad_norm=1"], "is for steps down a gradient, and mezo takes none"),
+        (
+            "fwdllm",
+            ["fwdllm.radius=0.1"],
+            'fwdllm.radius is for fwdllm.estimator = "antithetic"',
+        ),
+        ("fedkd", ["fedkd.layers=3", "fedkd.student=x", "fedkd.match=spread"], "is for fedkd.student unset"),
+        (
+            "fedkd",
+            ["fedkd.temperature=2", "fedkd.teacher=false"],
+            "is for fedkd.teacher = true",
+        ),
+    ],
+)
+def test_what_means_nothing_beside_the_rest_is_refused_where_it_is_asked_for(
+    method: str, overrides: list[str], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        resolve_run({"method": method}, overrides)
+
+
+def test_a_file_may_hold_what_means_nothing_beside_an_override() -> None:
+    """Who changes a preset's partition need not take out its alpha."""
+    changed = {"data": {"partition": "dirichlet", "alpha": 0.1}, "training": {"local_steps": 4}}
+    config = resolve_run(changed, ["data.partition=iid", "method=fwdllm", "fwdllm.estimator=antithetic"])
+    assert (config.data.alpha, config.training.local_steps) == (0.1, 4)
+    assert resolve_run({}, ["data.partition=dirichlet", "data.alpha=0.1", "tuning.rank=2"]).tuning.rank == 2
 
 
 def test_true_is_no_number_wherever_it_comes_from(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from contextlib import nullcontext
@@ -155,6 +156,16 @@ def test_one_place_makes_consoles_and_no_text_is_read_as_markup() -> None:
 def test_a_folder_without_permission_is_one_sentence(monkeypatch: pytest.MonkeyPatch, fedllm: Fedllm) -> None:
     fail(monkeypatch, PermissionError(13, "Permission denied", "/root/runs"))
     assert fedllm("presets")[::2] == (1, "error: no permission for /root/runs: Permission denied\n")
+
+
+def test_what_the_system_refuses_is_one_sentence_and_a_fault_of_ours_none(
+    monkeypatch: pytest.MonkeyPatch, fedllm: Fedllm
+) -> None:
+    fail(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "/runs/x"))
+    assert fedllm("presets")[::2] == (1, "error: the system refuses /runs/x: No space left on device\n")
+    fail(monkeypatch, FileNotFoundError(errno.ENOENT, "No such file or directory", "ours"))
+    with pytest.raises(FileNotFoundError):
+        fedllm("presets")
 
 
 def test_whoever_stops_following_a_run_is_told_that_it_goes_on(

@@ -228,6 +228,7 @@ def test_draws_follow_the_probabilities_and_the_seed(tiny_causal: Path) -> None:
         ({"temperature": float("nan")}, "temperature = nan must be"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p = 0 must be above 0 and at most 1"),
         ({"top_p": 0.9}, "top_p = 0.9 has no effect .* set a temperature"),
+        ({"seed": 4}, "seed = 4 has no effect .* set a temperature"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings: dict[str, float], sentence: str) -> None:

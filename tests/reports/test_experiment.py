@@ -22,7 +22,8 @@ def folders(planned: list[Planned], out: Path) -> list[str]:
 
 def test_the_runs_of_a_sweep_are_called_after_keys_and_values(tmp_path: Path) -> None:
     overrides = ["data.alpha=1.0,10.0,100.0", "rounds=4", "codec.up=none,quantize(bits=8)"]
-    planned = plan({"name": "trial"}, overrides, out=tmp_path, seeds=[0, 7])
+    document = {"name": "trial", "data": {"partition": "dirichlet"}}
+    planned = plan(document, overrides, out=tmp_path, seeds=[0, 7])
     assert len(planned) == 12
     assert folders(planned, tmp_path)[:3] == [
         "data.alpha=1.0-codec.up=none-seed0",

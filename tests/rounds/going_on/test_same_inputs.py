@@ -14,7 +14,7 @@ from flwr.app import Message
 from fedllm.config import RunConfig
 from fedllm.data.corpus import Corpus
 from fedllm.data.digests import of_model, of_texts
-from fedllm.errors import StoreError
+from fedllm.errors import DataError, StoreError
 from fedllm.runs.reader import Run
 from simulations.results.predict import restore
 from strategies import session as session
@@ -49,6 +49,11 @@ def another_class(folder: Path) -> None:
         file.writelines('{"text": "the old oak", "label": "tree"}\n' for _ in range(12))
 
 
+def a_text_that_none_can_split(folder: Path) -> None:
+    with (folder / "texts.jsonl").open("a") as file:
+        file.write('{"text": "the old oak", "label": "tree"}\n')
+
+
 def other_weights(folder: Path) -> None:
     path = folder / "model" / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -66,6 +71,11 @@ def another_tokenizer(folder: Path) -> None:
     [
         (another_text, r"the texts of \S+texts\.jsonl are not what \S+run was begun with: bring back"),
         pytest.param(another_class, r"the texts of \S+texts\.jsonl are not", marks=pytest.mark.slow),
+        pytest.param(
+            a_text_that_none_can_split,
+            "a single text .*; it did not stand in the run.s way when it was begun",
+            marks=pytest.mark.slow,
+        ),
         (other_weights, r"the weights of \S+model are not what \S+run was begun with: bring back"),
         (another_tokenizer, r"the tokenizer of \S+model is not what"),
     ],
@@ -79,7 +89,7 @@ def test_a_run_does_not_go_on_with_other_things(
 
     before = contents()
     change(tmp_path)
-    with pytest.raises(StoreError, match=named):
+    with pytest.raises((StoreError, DataError), match=named):
         run(begun, tmp_path / "run")
     assert contents() == before
 
