@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedllm import plugins, tasks
-from fedllm.config import MethodOptions, Override, RunConfig, read_override, resolve
+from fedllm.config import MethodOptions, Override, RunConfig, read_override, require_effect, resolve
 from fedllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def resolve_keys(document: Mapping[str, Any], overrides: Iterable[Override] = ()
     plugins.load(named)
     config = resolve(document, overrides, methods=method_names(), options=method_options)
     task = tasks.of(config)
+    require_effect(config, method_options(config.method), task.unread(), map(read_override, overrides))
     if config.evaluation.every and config.evaluation.metric is None and config.metric not in task.metrics:
         evaluation = config.evaluation.model_copy(update={"metric": task.metrics[0]})
         config = config.model_copy(update={"evaluation": evaluation})

@@ -6,6 +6,7 @@ that the caller looks up (see :func:`resolve`).
 """
 
 from fedllm.config.data import DataConfig
+from fedllm.config.effect import require_effect
 from fedllm.config.evaluation import CheckpointConfig, EvaluationConfig
 from fedllm.config.exchange import CodecConfig, PrivacyConfig
 from fedllm.config.method import MethodOptions
@@ -37,6 +38,7 @@ __all__ = [
     "parse_override",
     "read_override",
     "read_toml",
+    "require_effect",
     "require_name",
     "resolve",
     "total_rounds",

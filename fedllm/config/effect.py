@@ -20,10 +20,6 @@ _NEEDS: Mapping[str, tuple[str, Callable[[RunConfig], bool]]] = {
         'data.partition = "pathological"',
         lambda run: run.data.partition == "pathological",
     ),
-    "data.by": (
-        'data.partition = "natural" or model.task = "ranking"',
-        lambda run: run.data.partition == "natural" or run.model.task == "ranking",
-    ),
     "data.test_fraction": ("runs without data.test_path", lambda run: run.data.test_path is None),
     "server.momentum": (
         'server.optimizer = "momentum", "adam" or "yogi"',
@@ -41,7 +37,10 @@ _NEEDS: Mapping[str, tuple[str, Callable[[RunConfig], bool]]] = {
 
 
 def require_effect(
-    config: RunConfig, options: type[MethodOptions], given: Iterable[tuple[str, Sequence[str], Any]]
+    config: RunConfig,
+    options: type[MethodOptions],
+    unread: Mapping[str, str],
+    given: Iterable[tuple[str, Sequence[str], Any]],
 ) -> None:
     """Refuse an override that changes nothing beside the other settings.
 
@@ -50,15 +49,19 @@ def require_effect(
     Args:
         config: the run, all settings in it.
         options: of its method, which say what the method does not read.
+        unread: keys that its task does not read, and what they are for.
         given: each override as messages call it, its key's parts and its value.
 
     Raises:
         ConfigError: names the override and what it is for.
     """
     document = config.to_document()
-    defaults = type(config)(method=config.method, options=options().model_dump(mode="json")).to_document()
+    defaults = type(config)(
+        method=config.method, options=options.model_construct().model_dump(mode="json")
+    ).to_document()
     own = document[config.method]  # without those that are unset
     unmet = {key: needs for key, (needs, met) in _NEEDS.items() if not met(config)}
+    unmet |= unread
     unmet |= dict.fromkeys(options.unread, "other methods")
     for option in options.needs:
         if (lacking := _lacking(options, own, option)) is not None:

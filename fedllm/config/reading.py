@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fedllm.config.data import DataConfig
-from fedllm.config.effect import require_effect
 from fedllm.config.method import MethodOptions
 from fedllm.config.mistakes import explain
 from fedllm.config.run import RunConfig
@@ -91,8 +90,7 @@ def resolve(
         document: parsed TOML.
         overrides: ``a.b=value`` strings, or a key's parts with its value; later ones win.
         methods: names of the known methods; sections of those not chosen are checked and left out, so that
-            a file can serve several methods, but an override for one of them is refused, and so is one
-            that changes nothing beside the other settings.
+            a file can serve several methods, but an override for one of them is refused.
         options: returns the options model of a method.
 
     Raises:
@@ -123,9 +121,7 @@ def resolve(
         if section in checked and section != method:
             raise ConfigError(f"{said} is for method = {section!r}, and this run's is {method!r}")
     tree["options"] = checked[method] if method in checked else _section(method, {}, options)
-    config = RunConfig.validated(tree)
-    require_effect(config, options(method), given)
-    return config
+    return RunConfig.validated(tree)
 
 
 def _require_one_source(document: Mapping[str, Any], given: Iterable[tuple[Sequence[str], Any]]) -> None:

@@ -159,13 +159,13 @@ def load(
         elif config.partition == "file":
             groups.append(row.file)
     if without:
-        logger.warning("%d rows without text were left out", without)
+        logger.warning("%d rows without text, or with nothing to learn in them, were left out", without)
     for before, after in list(changed.items())[:1]:
         logger.warning(
             "labels differ from what is seen of them (%d do): %r is read as %r", len(changed), before, after
         )
     if not examples:
-        raise DataError(f"{config.path or config.name}: there is no text in it")
+        raise DataError(f"{config.path or config.name}: there is no text in it, or nothing to learn")
     return _gathered(examples, classes, groups, task, labels)
 
 

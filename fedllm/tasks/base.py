@@ -59,6 +59,7 @@ class Task(ABC):
         alone: those that a client tells of itself, though no mean over clients is that of all texts.
         plain: whether a text alone makes an example to be answered.
         both_ways: whether its tokens must see those behind them.
+        lists: whether ``data.by`` may say which rows are one example.
         wanting: what an example that teaches nothing lacks, as the end of "no text ...".
     """
 
@@ -74,6 +75,7 @@ class Task(ABC):
     plain: ClassVar[bool] = True
     generated: ClassVar[tuple[str, ...]] = ()
     both_ways: ClassVar[bool] = False
+    lists: ClassVar[bool] = False
     wanting: ClassVar[str] = "has anything to predict"
 
     def __init__(self, config: RunConfig) -> None:
@@ -127,6 +129,15 @@ class Task(ABC):
     def misfit(self) -> str | None:
         """Say in a sentence which setting this task cannot be with; needs neither data nor torch."""
         return None
+
+    def unread(self) -> dict[str, str]:
+        """Return the keys of other sections that this task does not read, and what each is for."""
+        found = {}
+        if self.pooling != self.config.model.pooling:
+            found["model.pooling"] = "tasks that predict something of a whole text"
+        if self.config.data.partition != "natural" and not self.lists:
+            found["data.by"] = 'data.partition = "natural" or model.task = "ranking"'
+        return found
 
     @property
     def pooling(self) -> Pooling:

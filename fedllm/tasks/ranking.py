@@ -34,6 +34,7 @@ class _Ranks(Scorer):
         self.values[rows] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
 
     def scores(self, loss: float) -> dict[str, float]:
+        """Return the means over queries; nothing where no query has candidates of both kinds."""
         import torch
         from torchmetrics.functional import retrieval
 
@@ -53,8 +54,9 @@ class _Ranks(Scorer):
                         float(retrieval.retrieval_normalized_dcg(values, clicks, top_k=10)),
                     ]
                 )
-        means = np.mean(found, axis=0) if found else [0.0] * 4
-        return dict(zip(Ranking.metrics, map(float, means), strict=True))
+        if not found:
+            return {}
+        return dict(zip(Ranking.metrics, map(float, np.mean(found, axis=0)), strict=True))
 
 
 class Ranking(Task):
@@ -68,6 +70,7 @@ class Ranking(Task):
     metrics: ClassVar[tuple[str, ...]] = ("auc", "mrr", "ndcg_5", "ndcg_10")
     pipeline: ClassVar[str] = "text-ranking"
     plain: ClassVar[bool] = False
+    lists: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ("query", "candidates", "clicks")
 
     def misfit(self) -> str | None:

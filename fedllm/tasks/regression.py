@@ -40,8 +40,10 @@ class _Numbers(Scorer):
         from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
         found = {"rmse": self.deviation * math.sqrt(float(np.mean((self.predicted - self.actual) ** 2)))}
-        if len(self.actual) < 2 or not np.ptp(self.actual) or not np.ptp(self.predicted):
-            return {"pearson": 0.0, "spearman": 0.0, **found}  # nothing varies, so nothing goes together
+        if len(self.actual) < 2 or not np.ptp(self.actual):
+            return found  # nothing that predictions could go together with
+        if not np.ptp(self.predicted):
+            return {"pearson": 0.0, "spearman": 0.0, **found}
         pair = torch.from_numpy(self.predicted).double(), torch.from_numpy(self.actual).double()
         return {
             "pearson": float(pearson_corrcoef(*pair)),

@@ -61,7 +61,7 @@ class EntityScores(Scorer):
             self.predicted[row] = likeliest[place][known[place]].tolist()
 
     def scores(self, loss: float) -> dict[str, float]:
-        """Return ``f1``, ``precision`` and ``recall`` over all entities, in [0, 1].
+        """Return ``f1``, ``precision`` and ``recall`` over all entities, in [0, 1], where there are any.
 
         By kind there are ``f1/KIND``, ``precision/KIND``, ``recall/KIND``, and how many entities are of it
         (``texts/KIND``) and were taken for it (``predicted/KIND``).
@@ -77,6 +77,7 @@ class EntityScores(Scorer):
         found = Evaluator(actual, predicted, tags=kinds, loader="list").evaluate()
         whole = found["overall"]["strict"]
         scores = {"f1": whole.f1, "precision": whole.precision, "recall": whole.recall}
+        scores = scores if whole.possible else {}
         for kind in sorted(found["entities"]):
             one = found["entities"][kind]["strict"]
             scores |= {

@@ -235,7 +235,7 @@ def _require_measured(metric: str, found: Mapping[str, float]) -> None:
         measured = ", ".join(in_order(by_class(found)[0]))
         raise ConfigError(
             f"evaluation.metric = {metric!r} is not measured on this test set, but {measured}: "
-            "name one of these"
+            "name one of these, or hold out other texts"
         )
 
 

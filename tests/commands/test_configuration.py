@@ -31,6 +31,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
         ("data.classes=['a', 'b', 'a']", "data.classes: 'a' stands twice; name each class once"),
         ("data.classes_per_client=3", 'is for data.partition = "pathological"; leave it out'),
         ("data={by='who'}", 'data.by is for data.partition = "natural" or model.task = "ranking"'),
+        (
+            "model={task='tokens', pooling='cls'}",
+            "model.pooling is for tasks that predict something of a whole text",
+        ),
         ("server.momentum=0.5", 'is for server.optimizer = "momentum", "adam" or "yogi"; leave it out'),
         ("evaluation.new_tokens=8", "is for evaluation.generate above 0; leave it out"),
         ("data=5", "data = 5 is not allowed: it takes a section of keys and values"),

@@ -26,6 +26,17 @@ from tests.rounds.federation import run
 NAMES = ("a", "b", "c", "d")
 
 
+def test_numbers_that_are_all_the_same_give_no_correlation() -> None:
+    """Of the texts' own; a model that says one number for all of them is as good as none, which is 0."""
+    from fedllm.tasks.regression import _Numbers
+
+    scorer = _Numbers(np.ones(3), 2.0)
+    scorer.predicted = np.array([1.0, 2.0, 3.0], dtype=np.float32)
+    assert scorer.scores(0.0) == {"rmse": pytest.approx(2 * math.sqrt(5 / 3))}
+    scorer = _Numbers(np.array([1.0, 2.0]), 1.0)
+    assert scorer.scores(0.0)["pearson"] == 0.0
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 def test_scores_agree_with_counting_text_by_text(pairs: list[tuple[int, int]]) -> None:
     """Precision and recall of each class by their definitions; F1 their harmonic mean."""

@@ -60,7 +60,7 @@ def test_checking_says_nothing_that_the_run_is_going_to_say(caplog: pytest.LogCa
     check(fedllm.RunConfig(), task_of("classification"), rows)
     assert caplog.messages == []
     load(DataConfig(), task_of("classification"), rows=rows)
-    assert caplog.messages == ["1 rows without text were left out"]
+    assert caplog.messages == ["1 rows without text, or with nothing to learn in them, were left out"]
 
 
 def test_only_columns_that_a_setting_names_are_written(tmp_path: Path) -> None:

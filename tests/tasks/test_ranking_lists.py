@@ -64,6 +64,13 @@ def test_scores_depend_on_the_order_alone(shift: float) -> None:
     assert found["ndcg_10"] == pytest.approx(np.mean(np.where(places <= 10, 1 / np.log2(places + 1), 0)))
 
 
+def test_queries_that_say_nothing_of_an_order_give_no_score() -> None:
+    """All or none clicked: an AUC of 0 would be that of the worst order."""
+    scorer = _Ranks(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
+    scorer.add(np.arange(4), torch.randn(4, 2), torch.zeros(4))
+    assert scorer.scores(1.0) == {}
+
+
 def test_a_tie_counts_half() -> None:
     scorer = _Ranks(np.zeros(3), np.array([1, 0, 0]))
     scorer.add(np.arange(3), torch.tensor([[0.0, -5.0], [0.0, -5.0], [0.0, -6.0]]), torch.zeros(3))

@@ -133,6 +133,14 @@ def naive(tags: list[str]) -> set[tuple[int, int, str]]:
     return found
 
 
+def test_texts_without_an_entity_give_no_f1() -> None:
+    scorer = EntityScores(
+        Tokens(np.zeros(2, dtype=np.int32), np.array([0]), np.array([2]), None, 0), ("O", "B-a")
+    )
+    scorer.add(np.arange(1), torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long))
+    assert not {"f1", "precision", "recall"} & scorer.scores(1.0).keys()
+
+
 def test_a_client_tells_its_own_f1_if_its_texts_hold_an_entity() -> None:
     whole = {"f1": 0.5, "precision": 0.6, "recall": 0.4}
     assert tagging().told({"loss": 1.0, **whole, "texts/a": 2.0, "f1/a": 0.5}) == {"loss": 1.0, **whole}

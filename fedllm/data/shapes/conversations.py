@@ -109,7 +109,7 @@ def preference(row: Row, names: Names = AS_THEY_ARE) -> Preference | None:
     """Return a row's prompt with the answer that was chosen and the one that was rejected.
 
     Answers are texts or turns; turns may repeat the prompt. Where there is no prompt, it is the turns with
-    which both begin. ``None`` where one of the three has no text.
+    which both begin. ``None`` where one of the three has no text, or both answers are the same.
 
     Raises:
         DataError: a column is missing or of another shape, or an answer does not begin with the assistant.
@@ -126,7 +126,8 @@ def preference(row: Row, names: Names = AS_THEY_ARE) -> Preference | None:
                 f"{row.where}: column {name!r} must go on from {prompt!r} with the assistant, but goes on "
                 f"with the {answer[0]['role']}"
             )
-    if not all(any(not blank(turn["content"]) for turn in side) for side in (before, better, worse)):
+    filled = all(any(not blank(turn["content"]) for turn in side) for side in (before, better, worse))
+    if not filled or better == worse:
         return None
     return Preference([*_system(row, names), *before], better, worse)
 
