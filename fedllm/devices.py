@@ -29,21 +29,21 @@ Shares = Mapping[str, float]
 class Device(Section):
     """What decides how long a device takes, and whether it is there."""
 
-    gflops: float = Field(gt=0.0, allow_inf_nan=False)
+    gflops: float = Field(gt=0.0)
     """Peak arithmetic in float32, in 10^9 operations a second."""
     efficiency: float = Field(gt=0.0, le=1.0)
     """Share of it that training gets."""
-    memory_gb: float = Field(gt=0.0, allow_inf_nan=False)
+    memory_gb: float = Field(gt=0.0)
     """Memory that training may use, in 10^9 bytes."""
-    down_mbps: float = Field(gt=0.0, allow_inf_nan=False)
+    down_mbps: float = Field(gt=0.0)
     """Megabits a second, server to device."""
-    up_mbps: float = Field(gt=0.0, allow_inf_nan=False)
+    up_mbps: float = Field(gt=0.0)
     """Megabits a second, device to server."""
-    latency_s: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    latency_s: float = Field(default=0.0, ge=0.0)
     """Seconds that a message takes beside its bytes, each way."""
     availability: float = Field(default=1.0, gt=0.0, le=1.0)
     """Probability that the device is there when a round begins."""
-    session_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    session_s: float | None = Field(default=None, gt=0.0)
     """Seconds for which it stays once it is there; when asked, it is anywhere within them. Unset: ever."""
 
     def computes(self, flops: float) -> float:

@@ -48,8 +48,9 @@ def located_document(document: Mapping[str, Any], folder: Path) -> dict[str, Any
         if isinstance(values := found.get(section), Mapping):
             named = {key: values[key] for key in keys if isinstance(values.get(key), str)}
             found[section] = {**values, **{key: _located(path, folder) for key, path in named.items()}}
-    if isinstance(source := found.get("init_from"), str):
-        found["init_from"] = _located(source, folder)
+    for key in ("init_from", "extends"):
+        if isinstance(source := found.get(key), str):
+            found[key] = _located(source, folder)
     return found
 
 

@@ -24,7 +24,12 @@ def _leaves(annotation: Any) -> set[Any]:
 class Section(BaseModel):
     """A frozen part of the configuration that refuses unknown keys and silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # JSON, in which configurations travel, has neither
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -24,7 +24,7 @@ class ServerConfig(Section):
     rounded up."""
     staleness: Literal["constant", "polynomial"] = "polynomial"
     """Weight of an update that began s rounds ago in mode ``async``: 1, or (1 + s)^-staleness_exponent."""
-    staleness_exponent: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    staleness_exponent: float = Field(default=0.5, ge=0.0)
     """How fast ``polynomial`` weights fall; 0.5 in the paper."""
     max_staleness: int | None = Field(default=None, ge=0)
     """Rounds ago that an answer may have begun and still count in mode ``async``; unset sets no bound."""
@@ -50,10 +50,10 @@ class ServerConfig(Section):
     """Added to the root of the second moment of adam and yogi."""
     max_update_norm: float | None = Field(default=None, gt=0.0)
     """L2 norm above which a client's update is rejected, as the server measures it."""
-    norm_ratio: float = Field(default=10.0, ge=0.0, allow_inf_nan=False)
+    norm_ratio: float = Field(default=10.0, ge=0.0)
     """Multiple of the usual update norm above which a client's update is rejected; 0 sets no such bound."""
     max_examples: int = Field(default=1_000_000, ge=1)
     """Texts that one client counts for at most, whatever it claims."""
-    weight_ratio: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+    weight_ratio: float | None = Field(default=None, ge=0.0)
     """Multiple of all clients' median number of texts that one counts for at most; 0 sets no such bound.
     Unset is 0 in a simulation, whose clients do not lie, and 3 in a deployment."""

@@ -83,16 +83,11 @@ def document(source: str, plugins: Sequence[str] | None = None) -> dict[str, Any
     the file's own folder.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither, or files extend each other.
     """
-    path = Path(source)
-    if path.suffix == ".toml" or path.is_file():
-        settings = {"name": as_name(path.stem), **located_document(read_toml(path), path.parent)}
-    else:
-        settings = {"name": source, **_named(source).settings}
-    base = settings.pop("extends", None)
-    if base is not None:
-        settings = _merge(document(str(base)), settings)
+    settings: dict[str, Any] = {}
+    for _, said in _sources(source):
+        settings = _merge(settings, said)
     if plugins:
         settings["plugins"] = [*settings.get("plugins", ()), *plugins]
     return settings
@@ -100,11 +95,36 @@ def document(source: str, plugins: Sequence[str] | None = None) -> dict[str, Any
 
 def origin(source: str) -> str:
     """Return the preset that :func:`document` starts from, or the file itself where it names none."""
-    path = Path(source)
-    if path.suffix != ".toml" and not path.is_file():
-        return source
-    base = read_toml(path).get("extends")
-    return source if base is None else origin(str(base))
+    *_, name = names = [name for name, _ in reversed(_sources(source))]
+    return next((one for one in names if not _is_file(one)), name)
+
+
+def _is_file(source: str) -> bool:
+    return Path(source).suffix == ".toml" or Path(source).is_file()
+
+
+def _sources(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return a preset or file with what it says, and before it each that it extends.
+
+    Raises:
+        ConfigError: one is not there, or extends what extends it.
+    """
+    found: list[tuple[str, dict[str, Any]]] = []
+    while True:
+        if _is_file(source):
+            path = Path(source)
+            settings = {"name": as_name(path.stem), **located_document(read_toml(path), path.parent)}
+        else:
+            settings = {"name": source, **_named(source).settings}
+        base = settings.pop("extends", None)
+        found.insert(0, (source, settings))
+        if base is None:
+            return found
+        if not isinstance(base, str):
+            raise ConfigError(f"{source}: extends = {base!r} is no preset and no file; it takes one name")
+        if base in (one for one, _ in found):
+            raise ConfigError(f"{source}: extends = {base!r} leads back to itself; leave it out of one file")
+        source = str(base)
 
 
 def _named(name: str) -> Preset:

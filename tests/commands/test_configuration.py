@@ -12,7 +12,7 @@ from fedllm import tasks
 from fedllm.config import RunConfig, read_toml
 from fedllm.errors import ConfigError
 from fedllm.measures import in_order, judged
-from fedllm.presets import document
+from fedllm.presets import document, origin
 from simulations.keys import keys
 from strategies.registry import method_names, resolve_keys, resolve_run
 from tests.commands.conftest import Fedllm
@@ -42,6 +42,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
         ("data.classes=sport", "data.classes = 'sport' is not allowed: it takes a list, such as ['sport']"),
         ("lora.ranks=4", "lora.ranks = 4 is not allowed: it takes a list, such as [4]"),
         ("data.part=[0, 1, 2]", "data.part = [0, 1, 2] is not allowed: list should have at most 2 items"),
+        ("privacy.clip=inf", "privacy.clip = inf is not allowed: input should be a finite number"),
         ("rounds=true", "rounds: it takes a number, not True"),
         ("server.deadline_s=false", "server.deadline_s: it takes a number, not False"),
         ("lora.ranks=[4, true]", "lora.ranks: it takes a number, not True"),
@@ -226,6 +227,23 @@ def test_every_default_of_the_table_is_the_one_of_a_run() -> None:
             base = {"method": section} if section in method_names() else {}
             plain = resolve_keys(base)
             assert resolve_keys(base, [f"{key.name}={key.default}"]) == plain, key.name
+
+
+def test_a_file_extends_another_told_from_its_own_folder_and_never_itself(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('extends = "lora-30x"\nrounds = 3\nseed = 5', encoding="utf-8")
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "{here}/base.toml"\nrounds = 2', encoding="utf-8")
+    found = document(str(mine))
+    assert (found["name"], found["rounds"], found["seed"], found["clients"]) == ("mine", 2, 5, 10)
+    assert found["codec"]["up"] == document("lora-30x")["codec"]["up"]
+    assert (origin(str(mine)), origin("lora-30x")) == ("lora-30x", "lora-30x")
+    for wrong, sentence in (
+        ('"{here}/mine.toml"', "leads back to itself"),
+        ("5", "extends = 5 is no preset"),
+    ):
+        (tmp_path / "base.toml").write_text(f"extends = {wrong}", encoding="utf-8")
+        with pytest.raises(ConfigError, match=sentence):
+            document(str(mine))
 
 
 def test_the_pages_example_resolves(tmp_path: Path) -> None:
