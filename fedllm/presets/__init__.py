@@ -95,8 +95,11 @@ def document(source: str, plugins: Sequence[str] | None = None) -> dict[str, Any
 
 def origin(source: str) -> str:
     """Return the preset that :func:`document` starts from, or the file itself where it names none."""
-    *_, name = names = [name for name, _ in reversed(_sources(source))]
-    return next((one for one in names if not _is_file(one)), name)
+    for name, _ in reversed(_sources(source)):
+        source = name
+        if not _is_file(name):
+            break
+    return source
 
 
 def _is_file(source: str) -> bool:
