@@ -155,24 +155,20 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
 
 def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
     """Refuse an override of [tuning] that the run does not follow."""
-    given = {".".join(path[:2]): (said, value) for said, path, value in map(read_override, overrides)}
-    if not any(key.startswith("tuning.") for key in given):
+    given = [one for one in map(read_override, overrides) if one[1][0] == "tuning"]
+    if not given:
         return
     from fedllm.models.adapters import unread
 
-    said, peft = given.get("tuning.peft", ("", "full"))
-    if "tuning.rank" in method_options(config.method).unread and peft != "full":
-        raise ConfigError(
-            f'{said}: method = "{config.method}" tunes the whole model; use method = "lora", or leave it out'
-        )
-    for key in sorted(unread(config.tuning.peft) & given.keys()):
-        said, value = given[key]
-        field = type(config.tuning).model_fields[key.partition(".")[2]]
-        if value != field.get_default(call_default_factory=True) and value != []:
+    options, peft = method_options(config.method), config.tuning.peft
+    for said, path, value in given:
+        if "tuning.rank" in options.unread and list(path) == ["tuning", "peft"] and value != "full":
             raise ConfigError(
-                f'{said} would be without effect: tuning.peft = "{config.tuning.peft}" has no such setting; '
-                "leave it out"
+                f'{said}: method = "{config.method}" tunes the whole model; use method = "lora", or leave '
+                "it out"
             )
+    lacking = dict.fromkeys(unread(peft), f'other kinds of tuning.peft than "{peft}"')
+    require_effect(config, options, lacking, given)
 
 
 def _plugins(document: Mapping[str, Any], overrides: Iterable[Override]) -> list[str]:

@@ -81,7 +81,7 @@ def run(seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
                 f"fwdllm.threshold={threshold}",
                 f"fwdllm.directions={_EXCHANGE}",
                 f"fwdllm.max_exchanges={_CAP}",
-                "fwdllm.pacing_tensor=head.weight",
+                *(["fwdllm.pacing_tensor=head.weight"] if rule == "variance" else []),
             )
             needed = interpolated(curve, row["accuracy"])
             row["of_fixed"] = None if needed is None else row["directions"] / needed
