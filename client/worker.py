@@ -64,7 +64,9 @@ def answer(content: RecordDict, config: str, place: NodeContext) -> RecordDict:
     try:
         if place.on_device:  # which runs no code that a server names
             require_installed(RunConfig.from_json(config).plugins)
-        return _Task(instruction, open_session(config, place.data), place).answer()
+        content = _Task(instruction, open_session(config, place.data), place).answer()
+        _note(content, instruction, place)
+        return content
     except FedllmError as error:
         who = {"node": float(place.node)} if instruction.kind == "describe" else {}
         reason = str(error) or repr(error)
@@ -198,6 +200,13 @@ class _Task:
         upload = Upload(work.kind, *self.at, node, instruction.progress)
         uplink = Uplink(self.config, self.session.codecs.up)
         return answered, uplink.send(upload, answered.tensors, local.codec)
+
+
+def _note(content: RecordDict, instruction: Instruction, place: NodeContext) -> None:
+    """Log a device's reply by its digest, by which the run's chain tells whether it counted."""
+    if place.on_device and instruction.kind in ("setup", "fit"):
+        digest = wire.digest(wire.unpack_reply(content), instruction.run, place.node)
+        _log.info("reply in round %d of run %s: %s", instruction.round, instruction.run, digest)
 
 
 @lru_cache(maxsize=64)

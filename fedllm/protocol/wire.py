@@ -7,6 +7,8 @@ nothing is unpickled. This module does not import torch, so that a device's thin
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ __all__ = [
     "Scalar",
     "add_log",
     "decode",
+    "digest",
     "encode",
     "failure_of",
     "has_gone",
@@ -224,6 +227,18 @@ def unpack_reply(content: RecordDict) -> Reply:
         payload=_payload(content),
         error=claims.text(_text(header, "error")) if "error" in header else "",
     )
+
+
+def digest(reply: Reply, run: str, node: int) -> str:
+    """Return what a client and its server call a reply by, SHA-256: all of it but the log that travels along.
+
+    Args:
+        reply: as it was read from its record.
+        run: identity of the run.
+        node: the client's number.
+    """
+    told = [run, node, reply.round, reply.index, reply.examples, dict(reply.metrics)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + b"\0" + reply.payload).hexdigest()
 
 
 def has_gone(message: Message) -> bool:

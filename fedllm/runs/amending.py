@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from fedllm.errors import StoreError
+from fedllm.runs import chain
 from fedllm.runs.database import NODE_LOGS, connect, insert, meta, transaction
 from fedllm.runs.durable import disk_errors, replace_file, to_json
 from fedllm.runs.ledger import NOBODY
@@ -79,6 +80,7 @@ def forget(folder: Path, node: int) -> None:
             connection.execute(NODE_LOGS)
             connection.execute("DELETE FROM node_logs WHERE node = ?", (node,))
             connection.execute("UPDATE ledger SET node = ? WHERE node = ?", (NOBODY, node))
+            chain.forget(connection, node)
             for row in connection.execute("SELECT id, fields FROM events").fetchall():
                 if json.loads(row["fields"]).get("node") == node:
                     connection.execute("DELETE FROM events WHERE id = ?", (row["id"],))

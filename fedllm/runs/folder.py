@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fedllm.errors import StoreError
 from fedllm.runs import database
 from fedllm.runs import lock as run_lock
+from fedllm.runs.chain import KEY
+from fedllm.runs.durable import replace_file, to_json
 from fedllm.runs.records import FILE
+from fedllm.runs.summary import describe_partition
 
-__all__ = ["BEST_RESULTS", "GIVEN", "RESULTS", "clear", "require_apart", "require_free"]
+__all__ = ["BEST_RESULTS", "GIVEN", "RESULTS", "clear", "require_apart", "require_free", "write_partition"]
 
 GIVEN = "given"
 """Folder of what was given from memory; it is there before the run is."""
@@ -26,7 +29,7 @@ BEST_RESULTS = tuple(f"{name}-best" for name in RESULTS)
 
 _ALL = _FIRST | {
     "run.db-wal", "run.db-shm", "partition.json", "summary.json", "checkpoints", *RESULTS, *BEST_RESULTS,
-    "report.html", "plots", "clients", "flower.log",
+    "report.html", "plots", "clients", "flower.log", KEY,
 }  # fmt: skip
 
 
@@ -94,3 +97,24 @@ def clear(folder: Path, keep: Collection[str] = ()) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def write_partition(
+    folder: Path,
+    indices: Sequence[Sequence[int]],
+    labels: Sequence[int] | None = None,
+    label_names: Sequence[str] = (),
+    held_out: Sequence[int] = (),
+) -> None:
+    """Write ``partition.json``: which texts each client holds, how many of each class, and the test set.
+
+    Args:
+        folder: the run folder.
+        indices: per client, the numbers of its texts in the training set: of what was read less what is
+            held out, in order.
+        labels: class of every text of the training set.
+        label_names: names of the classes.
+        held_out: the numbers of the test set's texts among all that were read, from 0.
+    """
+    described = describe_partition(indices, labels, label_names, held_out)
+    replace_file(folder / "partition.json", to_json(described))

@@ -4,7 +4,8 @@
     given/           texts and a base model that were given from memory
     provenance.json  versions, git commit, engine
     partition.json   which client holds which texts
-    run.db           SQLite (WAL): rounds, node_rounds, ledger, events, commands, audit, node_logs
+    run.db           SQLite (WAL): rounds, node_rounds, ledger, events, commands, audit, node_logs, chain, ...
+    signing-key.pem  of the chain, where no federation signs
     rounds.jsonl     one line a round; round 0 is what all start from
     summary.json     schema 1, see :mod:`fedllm.runs.summary`
 
@@ -30,12 +31,13 @@ from fedllm.config import RunConfig
 from fedllm.errors import StoreError
 from fedllm.runs import database
 from fedllm.runs import folder as run_folder
+from fedllm.runs.chain import Chain, Signer
 from fedllm.runs.database import insert, select, transaction
 from fedllm.runs.durable import append_line, disk_errors, replace_file, to_json
 from fedllm.runs.ledger import Entry, Ledger
 from fedllm.runs.lock import RunLock
 from fedllm.runs.records import FILE, Command, Event, NodeLog, NodeRound, RoundRecord
-from fedllm.runs.summary import Best, Status, bests, describe_partition, round_line, summarise, tries
+from fedllm.runs.summary import Best, Status, bests, round_line, summarise, tries
 
 __all__ = ["RunStore"]
 
@@ -74,6 +76,7 @@ class RunStore:
         self._seconds_before: float = meta["seconds"]
         self._opened = time.monotonic()
         self._phase: dict[str, Any] = {}
+        self._chain: Chain | None = None
 
     @classmethod
     def create(
@@ -178,12 +181,23 @@ class RunStore:
         """Committed rounds, ascending; round 0 is the starting point."""
         return tuple(self._rounds)
 
-    def round(
-        self, record: RoundRecord, nodes: Iterable[NodeRound] = (), entries: Iterable[Entry] = ()
-    ) -> RoundRecord:
-        """Commit a round: its record, its clients and its bytes, all or nothing.
+    def sign(self, run: str, signer: Signer) -> None:
+        """Chain and sign what is committed from here on; see :mod:`fedllm.runs.chain`."""
+        self._chain = Chain(run, signer)
+        with self._writing() as connection:
+            self._chain.begin(connection, self._rounds[-1].round if self._rounds else -1)
 
-        Entries of the round's abandoned attempts belong here too: their bytes crossed.
+    def round(
+        self,
+        record: RoundRecord,
+        nodes: Iterable[NodeRound] = (),
+        entries: Iterable[Entry] = (),
+        replies: Iterable[tuple[int, str]] = (),
+    ) -> RoundRecord:
+        """Commit a round: its record, its clients, its bytes and its link of the chain, all or nothing.
+
+        Entries of the round's abandoned attempts belong here too: their bytes crossed. ``replies`` are client
+        and digest of each that counted.
 
         Returns:
             The record with bytes and time filled in.
@@ -207,6 +221,8 @@ class RunStore:
             insert(connection, "node_rounds", nodes)
             insert(connection, "ledger", entries)
             self._set_meta(seconds=self._seconds())
+            if self._chain is not None:
+                self._chain.round(connection, record, replies)
         self._rounds.append(record)
         self.ledger.extend(entries)
         append_line(self.folder / "rounds.jsonl", to_json(round_line(record)))
@@ -245,6 +261,8 @@ class RunStore:
                 connection.execute(f"DELETE FROM {table} WHERE round > ?", (after_round,))
             self._set_meta(status="running", wire_up=None, wire_down=None)
             connection.execute("DELETE FROM meta WHERE key = ?", (database.GO_ON_FROM,))
+            if self._chain is not None and len(left) < len(self._rounds):
+                self._chain.go_back(connection, after_round)
         self._status, self._wire = "running", (None, None)
         self._rounds = left
         self.ledger.truncate(after_round)
@@ -271,6 +289,8 @@ class RunStore:
             self._set_meta(config=kept.to_json())
             connection.execute("DELETE FROM meta WHERE key = ?", (database.GO_ON_TO,))
             insert(connection, "events", [event])
+            if self._chain is not None:
+                self._chain.extend(connection, self.last_round, total)
         self._extended = self.last_round
         self._write_summary()
 
@@ -344,25 +364,6 @@ class RunStore:
         # Said often and of no use after a loss of power, so it does not wait for the disk.
         with self._writing(wait_for_disk=False):
             self._set_meta(phase=self._phase)
-
-    def partition(
-        self,
-        indices: Sequence[Sequence[int]],
-        labels: Sequence[int] | None = None,
-        label_names: Sequence[str] = (),
-        held_out: Sequence[int] = (),
-    ) -> None:
-        """Write ``partition.json``: which texts each client holds, how many of each class, and the test set.
-
-        Args:
-            indices: per client, the numbers of its texts in the training set: of what was read less what is
-                held out, in order.
-            labels: class of every text of the training set.
-            label_names: names of the classes.
-            held_out: the numbers of the test set's texts among all that were read, from 0.
-        """
-        described = describe_partition(indices, labels, label_names, held_out)
-        replace_file(self.folder / "partition.json", to_json(described))
 
     def take_commands(self) -> list[Command]:
         """Return what the operator asked for since the last call, oldest first; each is returned once."""

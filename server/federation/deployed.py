@@ -12,7 +12,7 @@ import httpx
 from fedllm.errors import FedllmError, RunFailed
 from fedllm.host.processes import open_log
 from server.federation.link import authenticates, connect, enrolled
-from server.federation.provision import read
+from server.federation.provision import read, signer
 from server.federation.submit import log_of, numbers
 from server.rounds.conduct import Transport
 
@@ -50,6 +50,7 @@ def transport(federation: Path, run: str, bound: Callable[[int], None]) -> Trans
         traffic=lambda: traffic(federation, run),
         proven=proven if authenticates(federation) else None,
         bound=bound,
+        signer=signer(federation),
     )
 
 

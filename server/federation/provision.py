@@ -4,6 +4,7 @@
       federation.toml            host, port, the next node number
       ca.pem  ca-key.pem         the federation's own certificate authority
       server.pem  server-key.pem what the SuperLink shows to nodes
+      signing.pem signing-key.pem what signs the rounds of runs (Ed25519); stays when the server's is renewed
       nodes/node-0.pub ...       public keys of the nodes that may join
       revoked/node-3.pub ...     public keys of those that no longer may
       bundles/node-0/ ...        bundle.toml, ca.pem, node.key: copied to the device, then deleted here
@@ -26,6 +27,7 @@ import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -37,9 +39,20 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm.errors import ConfigError
 from fedllm.protocol.seals import seal
-from fedllm.runs.durable import disk_errors, write_private
+from fedllm.runs.chain import Signer, own_signer
+from fedllm.runs.durable import disk_errors, replace_file, write_private
 
-__all__ = ["Federation", "add_node", "address_of", "certify", "provision", "read", "renew", "revoke"]
+__all__ = [
+    "Federation",
+    "add_node",
+    "address_of",
+    "certify",
+    "provision",
+    "read",
+    "renew",
+    "revoke",
+    "signer",
+]
 
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
@@ -114,6 +127,7 @@ def provision(folder: Path, host: str, nodes: int, *, port: int = 8000) -> list[
     write_private(folder / "ca-key.pem", _pem(authority))
     (folder / "ca.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
     _issue_server(folder, name)
+    signer(folder)
     _write_federation(folder, {"host": host, "port": port, "next_node": 0})
     return [add_node(folder) for _ in range(nodes)]
 
@@ -142,6 +156,21 @@ def add_node(folder: Path) -> Path:
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
     _write_federation(folder, {**document, "next_node": number + 1})
     return bundle
+
+
+@_on_disk
+def signer(folder: Path) -> Signer:
+    """Return what signs the rounds of a federation's runs; made where an older fedllm provisioned it."""
+    found, shown = own_signer(folder), folder / "signing.pem"
+    if not shown.exists():
+        authority, key = _authority(folder)
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedllm rounds")])
+        builder = _builder(name, authority.subject, found.key.public_key(), CA_DAYS)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
+        certificate = builder.sign(key, hashes.SHA384())
+        replace_file(shown, certificate.public_bytes(Encoding.PEM))
+    return Signer(found.key, shown.read_text())
 
 
 @_on_disk
@@ -307,7 +336,7 @@ def _issue_server(folder: Path, *hosts: x509.GeneralName) -> x509.Certificate:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey | Ed25519PublicKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (

@@ -21,8 +21,9 @@ from fedllm.measures import in_order
 from fedllm.models.readback import Unchecked, require_true
 from fedllm.runs import checkpoint
 from fedllm.runs.card import write_card
+from fedllm.runs.chain import Signer, own_signer, require_signer
 from fedllm.runs.checkpoint import Checkpoint
-from fedllm.runs.folder import BEST_RESULTS, RESULTS
+from fedllm.runs.folder import BEST_RESULTS, RESULTS, write_partition
 from fedllm.runs.identity import provenance, require_same, require_unedited
 from fedllm.runs.reader import Run
 from fedllm.runs.records import CHECKING, FILE
@@ -53,11 +54,13 @@ class Transport:
         traffic: returns the bytes up and down that it counted; None where that is not known.
         proven: which client each node's key stands for; None where it was started without keys.
         bound: lets replies have so many bytes, and no more.
+        signer: the key that signs the rounds of this federation; None makes one for the run.
     """
 
     traffic: Callable[[], tuple[int | None, int | None]]
     proven: Proven | None
     bound: Callable[[int], None]
+    signer: Signer | None = None
 
 
 def conduct(
@@ -77,11 +80,14 @@ def conduct(
     """
     begun = (folder / FILE).is_file()
     extended = begun and Run(folder).goes_on_to is not None
+    signer = transport.signer if transport else None
     killed_checking = begun and Run(folder).phase.get("name") == CHECKING
     with _taken_back_if_refused(folder, begun):
         session = open_session(config.to_json())  # as clients of this process ask for it
         config = config.placed(deployed=transport is not None)
         run = _same_run(folder, config, deployed=transport is not None) if begun else uuid4().hex[:12]
+        if begun:
+            require_signer(folder, signer)
         _prepare(session, begun)
         known = Run(folder).provenance.get("inputs", {}) if begun else session.inputs
         require_same_inputs(folder, config, known, session.inputs)
@@ -99,6 +105,7 @@ def conduct(
             up, down = transport.traffic() if transport else (None, None)
             return store.finish(status, reason=reason, wire_up=up, wire_down=down)
 
+        store.sign(run, signer or own_signer(folder))
         # In this order: what is cut short in between is done again by whoever resumes the run next.
         checkpoint.forget(folder / "checkpoints", last)
         _forget_result(folder)
@@ -200,7 +207,7 @@ def _compose(
         labels = None if train.labels is None else train.labels.tolist()
         held_out = range(len(test)) if test.numbers is None else test.numbers.tolist()
         parts = [part.tolist() for part in session.partition]
-        store.partition(parts, labels, train.label_names, held_out)
+        write_partition(store.folder, parts, labels, train.label_names, held_out)
     reference = 4 * session.method.reference_parameters(session.model)
     evaluates = config.evaluation.every > 0
 

@@ -205,7 +205,7 @@ class Engine(Strategy):
             details=details,
             rss=peak_rss_bytes(),
         )
-        self.store.round(record, log.nodes, log.entries)
+        self.store.round(record, log.nodes, log.entries, log.replies)
         if self.finished and (missed := neglect(metrics, classes)):
             self.store.event("warning", missed, round=number)
         kept = self.config.checkpoints
@@ -223,6 +223,7 @@ class Engine(Strategy):
         estimates: dict[int, Tensors] = {}
         norms: list[float] = []
         values = 0
+        log.replies.clear()
         cohort = sample(available, config.cohort + config.server.over_select, config.seed, number)
         nodes, wanted = (available, len(available)) if number == 0 else (cohort, config.cohort)
         buffered, index = config.buffered and number > 0, 0
@@ -242,6 +243,7 @@ class Engine(Strategy):
                 self.state.counted = counted
                 return acc, None
             taking_part |= accepted
+            log.replies += self._open.digests.items()
             norms += self._open.norms
             values += self._open.values
             estimates |= {node: self._open.estimates.get(node, {}) for node in accepted}

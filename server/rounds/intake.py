@@ -96,6 +96,7 @@ class Intake:
         if metrics.get("state_lost"):
             self._lost(node, opened.log.number)
         opened.accepted[node] = replace(told, examples=reply.examples)
+        opened.digests[node] = wire.digest(told, self._messages.run, node)
         norm = reply.norm if opened.exchange.kind == "fit" else None
         if norm is not None:
             opened.norms.append(norm)

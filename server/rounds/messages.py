@@ -40,6 +40,7 @@ class OpenExchange:
         log: of the round.
         limits: what a reply may count for, and how long its update may be.
         accepted: replies that counted; ``examples`` is what each counted for.
+        digests: of the replies that counted, by client.
         norms: L2 norms of the updates that counted.
         values: that those updates hold besides zeros.
         answered: clients that need not be waited for, whatever they answered.
@@ -57,6 +58,7 @@ class OpenExchange:
     log: RoundLog
     limits: gates.Limits
     accepted: dict[int, wire.Reply] = field(default_factory=dict)
+    digests: dict[int, str] = field(default_factory=dict)
     norms: list[float] = field(default_factory=list)
     values: int = 0
     answered: set[int] = field(default_factory=set)

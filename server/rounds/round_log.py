@@ -40,6 +40,7 @@ class RoundLog:
         networked: whether messages cross a network; in a simulation they only wait for their turn.
         kept: clients that have what their forward passes make once in a run.
         simulated: seconds after which each client's device answered in the open exchange, if simulated.
+        replies: client and digest of each reply that counts, of this attempt.
         codec_up: bytes of uploads by what the codec's stages wrote: header, scales, codes, indices, ...
     """
 
@@ -48,6 +49,7 @@ class RoundLog:
     networked: bool = True
     entries: list[Entry] = field(default_factory=list)
     nodes: list[NodeRound] = field(default_factory=list)
+    replies: list[tuple[int, str]] = field(default_factory=list)
     codec_up: Counter[str] = field(default_factory=Counter)
     kept: set[int] = field(default_factory=set)
     simulated: dict[int, float] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, StoreError
 from fedllm.terminal.console import AsJson, Device, Plugin, RunDir, console, print_json, results, shown
 from fedllm.wording import number
 from simulations.bench import BENCHMARKS
@@ -209,6 +209,35 @@ def export(
         return
     _print_nested(found)
     print(out)
+
+
+@app.command(rich_help_panel=PANEL)
+def verify(
+    run_dir: RunDir,
+    reply: Annotated[
+        str | None,
+        typer.Option(
+            help="Also say which round counted this reply, as its device logged it.", metavar="DIGEST"
+        ),
+    ] = None,
+    authority: Annotated[
+        Path | None,
+        typer.Option(help="The federation's ca.pem: its key must have signed.", metavar="FILE"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a run's chain of signed rounds, offline; ends with 1 at the first link that does not hold."""
+    from fedllm.runs.verify import sentences, verify
+
+    found = verify(run_dir, authority)
+    counted = None if reply is None else found.counted(reply)
+    if reply is not None and counted is None:
+        raise StoreError(f"no round of {run_dir} counted a reply {reply}")
+    if as_json:
+        print_json({**found.told(), **({} if reply is None else {"reply": counted})})
+        return
+    for line in sentences(found, counted):
+        print(line)
 
 
 def _written(path: Path, as_json: bool) -> None:

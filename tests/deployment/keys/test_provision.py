@@ -100,6 +100,7 @@ def test_every_private_file_is_private(federation: Path) -> None:
     assert {path.relative_to(federation).as_posix() for path in files} == {
         "ca-key.pem",
         "server-key.pem",
+        "signing-key.pem",
         "bundles/node-0/node.key",
         "bundles/node-1/node.key",
     }

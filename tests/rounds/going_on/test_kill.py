@@ -16,6 +16,7 @@ from fedllm.config import CodecConfig
 from fedllm.runs import checkpoint
 from fedllm.runs.amending import unsettled
 from fedllm.runs.reader import Run
+from fedllm.runs.verify import verify
 from server.rounds.conduct import Transport, conduct
 from simulations.engines.loopback import LoopbackGrid, loopback
 from tests.rounds.federation import configuration, run
@@ -58,6 +59,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(
     held = (tmp_path / "undisturbed" / "checkpoints", folder / "checkpoints")
     assert checkpoint.numbers(held[0]) == checkpoint.numbers(held[1])
     assert [record.round for record in Run(folder).rounds()] == list(range(config.rounds + 1))
+    assert verify(folder).rounds == verify(tmp_path / "undisturbed").rounds
 
 
 def test_a_deployed_run_that_is_interrupted_leaves_the_word_to_its_server(
