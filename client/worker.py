@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from client.memory import GlobalMemory, Local, NodeMemory
 from client.node import NodeContext
 from fedllm.codecs.base import Dense
 from fedllm.config import RunConfig
-from fedllm.errors import FedllmError, WireError
+from fedllm.errors import ConfigError, FedllmError, WireError
 from fedllm.host.resources import peak_rss_bytes
 from fedllm.plugins import require_installed
 from fedllm.protocol import wire
@@ -32,6 +32,7 @@ from fedllm.protocol.uplink import Sent, Uplink, Upload
 from fedllm.protocol.wire import STALE, Instruction, Reply
 from fedllm.randomness import derive
 from fedllm.tensors import Tensors, digest
+from strategies.attack import attackers, bent, poisoned
 from strategies.base import Answer, Work
 from strategies.session import Session, open_session
 
@@ -63,7 +64,7 @@ def answer(content: RecordDict, config: str, place: NodeContext) -> RecordDict:
     instruction = wire.unpack_instruction(content)
     try:
         if place.on_device:  # which runs no code that a server names
-            require_installed(RunConfig.from_json(config).plugins)
+            _require_harmless(RunConfig.from_json(config))
         content = _Task(instruction, open_session(config, place.data), place).answer()
         _note(content, instruction, place)
         return content
@@ -71,6 +72,13 @@ def answer(content: RecordDict, config: str, place: NodeContext) -> RecordDict:
         who = {"node": float(place.node)} if instruction.kind == "describe" else {}
         reason = str(error) or repr(error)
         return wire.pack_reply(Reply(instruction.round, instruction.index, metrics=who, error=reason))
+
+
+def _require_harmless(config: RunConfig) -> None:
+    """Refuse a run that names code of its own, or has its clients attack each other."""
+    require_installed(config.plugins)
+    if config.attack.kind != "none":
+        raise ConfigError(f'attack.kind = "{config.attack.kind}" is for simulations, and this is a device')
 
 
 @lru_cache(maxsize=1)
@@ -181,6 +189,9 @@ class _Task:
         method, model = self.session.method, self.session.model
         train, test = self.session.client_tokens(node)  # which may ask the model about them
         method.load(model, tensors)
+        attacks = node in attackers(self.config)
+        if attacks:
+            train = poisoned(self.config, model, train)
         work = Work(
             kind=instruction.kind,
             arguments=instruction.arguments,
@@ -197,6 +208,8 @@ class _Task:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.config.seed, "torch", *self.at, node) % 2**63)
             answered = method.evaluate(work) if work.kind == "evaluate" else method.run(work)
+        if attacks and work.kind == "fit":
+            answered = replace(answered, tensors=bent(self.config, answered.tensors, *self.at, node))
         upload = Upload(work.kind, *self.at, node, instruction.progress)
         uplink = Uplink(self.config, self.session.codecs.up)
         return answered, uplink.send(upload, answered.tensors, local.codec)

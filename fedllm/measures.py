@@ -62,6 +62,7 @@ _MEASURES = {
     "token_accuracy": Measure("token accuracy"),
     "perplexity": Measure("perplexity", higher=False, form="ratio"),
     "loss": Measure("loss", higher=False, form="loss"),
+    "backdoor_success": Measure("backdoor success", higher=False),
 }
 """By name, in the order in which people look at them."""
 

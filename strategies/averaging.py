@@ -2,7 +2,8 @@
 
     server     w  <-  w + sum_k n_k (w_k - w) / sum_k n_k           n_k: client k's number of texts
 
-(McMahan et al., AISTATS 2017, algorithm 1). The sum is exact whatever the order of replies.
+(McMahan et al., AISTATS 2017, algorithm 1), or what ``server.robust`` puts in the place of the mean. The
+result is the same bits whatever the order of replies.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fedllm.models.training import stride
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, spec_of
 from strategies.base import Commit, Exchange, Method, Reply, State, Step
+from strategies.robust import Kept, average
 
 __all__ = ["Averaging"]
 
@@ -23,7 +25,7 @@ class MeanAccumulator:
     """What one round has folded so far."""
 
     number: int
-    updates: WeightedSum
+    updates: WeightedSum | Kept
 
 
 class Averaging(Method):
@@ -41,7 +43,7 @@ class Averaging(Method):
 
     def begin(self, state: State, round: int) -> MeanAccumulator:
         """Start a sum of updates."""
-        return MeanAccumulator(round, WeightedSum(spec_of(state.tensors)))
+        return MeanAccumulator(round, average(self.config.server, spec_of(state.tensors)))
 
     def plan(self, state: State, acc: MeanAccumulator) -> Exchange | Commit:
         """Ask for local training once; there is no setup."""

@@ -161,6 +161,9 @@ class Method(ABC):
     asynchronous: bool = False
     """Whether an update means the same to global tensors that have moved on since its client began: see
     ``server.mode``. No, where a round's answers belong together or to the tensors that they began from."""
+    averages: bool = False
+    """Whether a round is what :func:`strategies.robust.average` makes of its updates: see ``server.robust``.
+    No, where a reply is more than an update, or where products of replies are summed."""
     lacking: str = ""
     """What the global tensors lack to be a model that answers texts, as a clause; empty where it is one."""
 

@@ -85,11 +85,15 @@ def open_method(config: RunConfig) -> Method:
     """
     plugins.load(config.plugins)
     method = load_method(config.method)(config)
-    if config.buffered and not method.asynchronous:
-        rule = config.options.get("rule")
-        which = f'method = "{config.method}"' + (
-            "" if rule is None else f' with {config.method}.rule = "{rule}"'
+    rule = config.options.get("rule")
+    which = f'method = "{config.method}"' + ("" if rule is None else f' with {config.method}.rule = "{rule}"')
+    if config.server.robust != "none" and not method.averages:
+        raise ConfigError(
+            f'server.robust = "{config.server.robust}" takes the place of an average of updates, and {which} '
+            'takes none, but sums of slopes, of products or of what belongs together: take method "fedavg", '
+            '"fedkd", or "lora" with rule fedit, ffa, alternate or fedsa, or server.robust = "none"'
         )
+    if config.buffered and not method.asynchronous:
         raise ConfigError(
             'server.mode = "async" adds up updates that began from different versions of the global tensors, '
             f'which {which} cannot: take method "fedavg", or "lora" with rule fedit or ffa, or '

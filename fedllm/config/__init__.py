@@ -5,6 +5,7 @@ It imports neither torch nor anything above it: a method's own options arrive as
 that the caller looks up (see :func:`resolve`).
 """
 
+from fedllm.config.attack import AttackConfig
 from fedllm.config.data import DataConfig
 from fedllm.config.effect import require_effect
 from fedllm.config.evaluation import CheckpointConfig, EvaluationConfig
@@ -20,6 +21,7 @@ from fedllm.devices import SimulationConfig
 from fedllm.section import Section
 
 __all__ = [
+    "AttackConfig",
     "CheckpointConfig",
     "CodecConfig",
     "DataConfig",

@@ -8,6 +8,7 @@ from typing import Any, Self
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedllm.config.attack import AttackConfig
 from fedllm.config.data import DataConfig
 from fedllm.config.evaluation import CheckpointConfig, EvaluationConfig
 from fedllm.config.exchange import CodecConfig, PrivacyConfig
@@ -49,6 +50,7 @@ class RunConfig(Section):
     privacy: PrivacyConfig = PrivacyConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     simulation: SimulationConfig = SimulationConfig()
+    attack: AttackConfig = AttackConfig()
     options: dict[str, Any] = Field(default_factory=dict)
     """The method's own options; in TOML they stand in a section named after the method."""
 
@@ -98,6 +100,8 @@ class RunConfig(Section):
             f"together exceed clients = {self.clients}",
         )
         self._require_mode()
+        self._require_robust()
+        self._require_attack()
         require(
             self.quorum <= self.cohort or self.buffered,
             f"server.quorum = {server.quorum} can never be reached with {self.cohort} clients per round",
@@ -161,6 +165,57 @@ class RunConfig(Section):
                 f"there are clients = {self.clients}: lower it"
             )
 
+    def _require_robust(self) -> None:
+        """Refuse a robust average that would not do what it is for."""
+        server = self.server
+        rule, share = server.robust, server.byzantine
+        if rule != "norm_bound" and server.robust_norm is not None:
+            raise ValueError(
+                'server.robust_norm is for server.robust = "norm_bound": set that, or leave it out'
+            )
+        if rule not in ("trimmed_mean", "multi_krum"):
+            if share != type(server).model_fields["byzantine"].default:
+                raise ValueError(
+                    'server.byzantine is for server.robust = "trimmed_mean" and "multi_krum": set one of '
+                    "them, or leave it out"
+                )
+        elif int(share * self.quorum) == 0:
+            raise ValueError(
+                f"server.byzantine = {share:g} of the {self.quorum} replies that make a round at least is "
+                f'none, and server.robust = "{rule}" would leave nobody out: raise it, or server.quorum'
+            )
+        elif rule == "multi_krum":
+            for replies in range(self.quorum, self.cohort + 1):
+                if replies < 2 * int(share * replies) + 3:
+                    raise ValueError(
+                        'server.robust = "multi_krum" needs 2 f + 3 replies where f are bad, and a round may '
+                        f"have {replies}, {int(share * replies)} of them bad by server.byzantine = "
+                        f"{share:g}: lower it, or raise server.quorum"
+                    )
+        if rule != "none" and self.buffered:
+            raise ValueError(
+                f'server.robust = "{rule}" compares updates that began from the same tensors, and in '
+                'server.mode = "async" they do not: take mode "sync"'
+            )
+
+    def _require_attack(self) -> None:
+        """Refuse an attack that would not take place."""
+        attack = self.attack
+        if attack.kind == "none":
+            for key, field in type(attack).model_fields.items():
+                if getattr(attack, key) != field.default:
+                    raise ValueError(f"attack.{key} says how to attack, and attack.kind is none: set it")
+            return
+        if int(attack.share * self.clients) == 0:
+            raise ValueError(f"attack.share = {attack.share:g} of {self.clients} clients is none: raise it")
+        if attack.kind == "scale" and attack.factor == 1.0:
+            raise ValueError('attack.kind = "scale" with attack.factor = 1 sends honest updates: raise it')
+        if attack.kind in ("label_flip", "backdoor") and self.model.task != "classification":
+            raise ValueError(
+                f'attack.kind = "{attack.kind}" is for model.task = "classification": take "sign_flip", '
+                '"scale" or "garbage"'
+            )
+
     def _require_measured(self) -> None:
         """Refuse a metric that decides and is never measured."""
         metric = self.evaluation.metric
@@ -177,9 +232,9 @@ class RunConfig(Section):
             deployed: over a network, with clients that are strangers to the server; else a simulation.
 
         Raises:
-            ConfigError: it is a deployment, whose devices are what they are, and devices are to be simulated;
-                or it is a simulation, in which nobody is slow but by simulated devices, and rounds are
-                asynchronous.
+            ConfigError: it is a deployment, whose devices are what they are, and devices or attacks are to be
+                simulated; or it is a simulation, in which nobody is slow but by simulated devices, and rounds
+                are asynchronous.
 
         >>> RunConfig().placed(deployed=True).server.weight_ratio
         3.0
@@ -188,6 +243,11 @@ class RunConfig(Section):
             raise ConfigError(
                 f"simulation.profile = {self.simulation.profile!r} is for fedllm simulate: in a deployment "
                 "devices take the time that they take; leave it out"
+            )
+        if deployed and self.attack.kind != "none":
+            raise ConfigError(
+                f'attack.kind = "{self.attack.kind}" is for fedllm simulate: no device attacks because a '
+                "server asks it to; leave it out"
             )
         if self.buffered and not deployed and self.simulation.profile is None:
             raise ConfigError(

@@ -57,3 +57,17 @@ class ServerConfig(Section):
     weight_ratio: float | None = Field(default=None, ge=0.0)
     """Multiple of all clients' median number of texts that one counts for at most; 0 sets no such bound.
     Unset is 0 in a simulation, whose clients do not lie, and 3 in a deployment."""
+    robust: Literal["none", "trimmed_mean", "median", "multi_krum", "norm_bound"] = "none"
+    """How updates are averaged where some clients may be bad: per value without the extremes, or by the
+    median; over the updates closest to each other; or each scaled down to a length first. In the first three
+    all clients count alike."""
+    byzantine: float = Field(default=0.2, ge=0.0, lt=0.5)
+    """Share of a round's updates that may be bad: so many ``trimmed_mean`` leaves out at each end, and
+    ``multi_krum`` in all."""
+    robust_norm: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """L2 norm that ``norm_bound`` scales longer updates down to; unset takes the median of the round's."""
+    outliers: Literal["name", "reject"] = "name"
+    """Of an update far longer than the cohort's: name it in the run's log, or reject it as well."""
+    outlier_deviations: float = Field(default=6.0, gt=0.0, allow_inf_nan=False)
+    """Robust standard deviations (1.4826 MAD) above the median norm of five rounds, from which an update is
+    far longer, if it is also more than twice the median."""

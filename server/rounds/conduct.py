@@ -30,7 +30,8 @@ from fedllm.runs.records import CHECKING, FILE
 from fedllm.runs.summary import Status, ended_early
 from fedllm.runs.writer import RunStore
 from fedllm.tasks.metrics import by_class
-from fedllm.tensors import Tensors
+from fedllm.tensors import Tensors, dense_bytes
+from fedllm.wording import human_bytes
 from server.rounds.admission import Proven
 from server.rounds.clock import Clock
 from server.rounds.earlier import Start, require_same_start, start_of
@@ -38,6 +39,8 @@ from server.rounds.engine import Engine
 from server.rounds.rehearsal import few_texts, rehearse
 from server.rounds.state import ServerState
 from server.rounds.work import clock_of
+from strategies import robust
+from strategies.attack import backdoor_success
 from strategies.session import Session, open_session
 
 __all__ = ["Transport", "conduct"]
@@ -216,6 +219,8 @@ def _compose(
         session.method.load(session.model, tensors)
         found = session.method.score(session.model, test)
         _require_measured(config.metric, found)
+        if config.attack.kind == "backdoor":
+            found["backdoor_success"] = backdoor_success(config, session.model, test)
         return found
 
     engine = Engine(
@@ -233,6 +238,10 @@ def _compose(
         clock=clock,
     )
     engine.summary()
+    if robust.keeps(config.server):
+        most = config.answers * dense_bytes(session.method.updates(state.current.tensors))
+        said = f'server.robust = "{config.server.robust}" keeps a round\'s updates until it ends'
+        store.event("start", f"{said}: up to {human_bytes(most)} of memory")
     return engine
 
 

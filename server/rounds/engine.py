@@ -251,6 +251,7 @@ class Engine(Strategy):
             nodes, wanted, index = sorted(accepted), len(accepted), index + 1
         self.state.estimates |= {node: estimate for node, estimate in estimates.items() if estimate}
         self.state.usual.learn(norms, values)
+        self._bounds.name_outliers(log)
         return acc, taking_part
 
     def _hold(self, grid: Grid, number: int) -> None:

@@ -7,14 +7,15 @@ said when they were admitted, and from rounds that are over. The order of replie
     norm      reject where ||u_k|| > norm_ratio * usual, or > max_update_norm
               usual: the largest median norm of any round so far; before enough was seen of any, the method's
               own stride times what the uplink's codec makes of a length (random_k lengthens)
+    outlier   name, or reject where server.outliers says so, where ||u_k|| is far above recent rounds' median
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median_low
+from dataclasses import dataclass, field
+from statistics import median, median_low
 
 import torch
 
@@ -31,6 +32,12 @@ ENOUGH = 16
 """Values that must have been seen before their length says what is usual. Two honest clients that send one
 slope each differ by more than ten times in one case of sixteen; of sixteen, in none of a million."""
 
+RECENT = 5
+"""Rounds whose norms say what is far outside of them."""
+
+OUTLIER = 'far outside of recent rounds; server.outliers = "name" would let it pass'
+"""Ends the reason of an update that was rejected for that."""
+
 _NAMED = 8
 """Clients that a warning names; it counts the others."""
 
@@ -42,10 +49,12 @@ class Usual:
     Attributes:
         norm: largest median of any round.
         values: that all rounds' updates held besides zeros; :data:`ENOUGH` is as good as more.
+        recent: norms of each of the last :data:`RECENT` rounds, ascending.
     """
 
     norm: float = 0.0
     values: int = 0
+    recent: list[list[float]] = field(default_factory=list)
 
     @property
     def known(self) -> bool:
@@ -59,8 +68,26 @@ class Usual:
             norms: of each.
             values: of all together, besides zeros.
         """
+        if norms:
+            self.recent = [*self.recent, sorted(norms)][-RECENT:]
         self.norm = max(self.norm, median_low(norms) if norms else 0.0)
         self.values = min(self.values + values, ENOUGH)
+
+    def far(self, deviations: float) -> float | None:
+        """Return the norm above which an update is far longer than those of the recent rounds.
+
+        That is ``deviations`` robust standard deviations (1.4826 MAD) above the median, and twice the median
+        at least; None while they hold fewer than :data:`ENOUGH` updates.
+
+        >>> Usual(recent=[[1.0] * 8 + [2.0] * 8, [1.5] * 8]).far(6.0)
+        5.9478
+        """
+        norms = [norm for of_round in self.recent for norm in of_round]
+        if len(norms) < ENOUGH:
+            return None
+        middle = median(norms)
+        deviation = 1.4826 * median(abs(norm - middle) for norm in norms)
+        return max(middle + deviations * deviation, 2 * middle)
 
 
 @dataclass(frozen=True)
@@ -79,7 +106,11 @@ class Limits:
 
 
 def limits(
-    config: ServerConfig, declared: Collection[int], usual: float | None, whose: str = "usual"
+    config: ServerConfig,
+    declared: Collection[int],
+    usual: float | None,
+    whose: str = "usual",
+    far: float | None = None,
 ) -> Limits:
     """Decide an exchange's bounds.
 
@@ -88,6 +119,7 @@ def limits(
         declared: numbers of texts that clients said they have when they were admitted.
         usual: length that updates usually have; unset where nothing is known of it.
         whose: what to call that length.
+        far: length beyond which an update is rejected as an outlier, if any is.
 
     >>> found = limits(ServerConfig(weight_ratio=3.0), [80, 100, 1_000_000], usual=2.0)
     >>> found.examples, found.norm
@@ -108,6 +140,8 @@ def limits(
             "updates are longer, or set it to 0"
         )
         bounds.append((config.norm_ratio * usual, reason))
+    if far is not None:
+        bounds.append((far, f"{far:.4g}, {OUTLIER}"))
     return Limits(examples, *min(bounds, default=(math.inf, "")))
 
 

@@ -135,6 +135,7 @@ class ServerState:
                 "declared": self.declared,
                 "usual_norm": self.usual.norm,
                 "usual_values": self.usual.values,
+                "recent_norms": self.usual.recent,
                 "quarantined": sorted(self.quarantined),
                 "flights": {
                     node: (f.begun, f.asked, f.ends, f.status, f.reason) for node, f in flights.items()
@@ -169,7 +170,9 @@ class ServerState:
             {node: (at[0], at[1]) for node, at in _by_node(facts["counted"]).items()},
             _by_node(facts.get("declared", {})),
             set(facts["quarantined"]),
-            gates.Usual(usual, facts.get("usual_values", gates.ENOUGH if usual else 0)),
+            gates.Usual(
+                usual, facts.get("usual_values", gates.ENOUGH if usual else 0), facts.get("recent_norms", [])
+            ),
             {
                 int(node): Flight((begun[0], begun[1]), asked, 0, _data(groups["flights"][node]), *how)
                 for node, (begun, asked, *how) in facts.get("flights", {}).items()

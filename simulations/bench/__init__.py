@@ -6,6 +6,7 @@ __all__ = ["BENCHMARKS"]
 
 BENCHMARKS = {
     "aggregation": "LoRA's rules against dense sums, the factored SVD's speed, server memory",
+    "attacks": "accuracy and backdoor success of each attack under each robust average",
     "codecs": "speed, size and error of the update codecs",
     "coders": "bits and speed of the entropy coder beside zstandard",
     "device": "memory of a whole device, idle and at its peak under each method",

@@ -26,6 +26,7 @@ class FedAvg(Averaging):
 
     Options = Options
     asynchronous = True
+    averages = True
 
     def __init__(self, config: RunConfig) -> None:
         if config.tuning.peft not in ("lora", "full"):  # "lora" is the section's default: not asked for

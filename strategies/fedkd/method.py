@@ -74,6 +74,7 @@ class FedKD(Averaging):
     """Every client distils between its own teacher and the common student; only the student travels."""
 
     Options = Options
+    averages = True
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

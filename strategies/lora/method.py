@@ -43,6 +43,7 @@ from strategies.lora import middle
 from strategies.lora.combinations import check
 from strategies.lora.layers import ADAPTER, carry_base, fresh, only, takes_from_base
 from strategies.lora.options import LACKING, WITH_BASE, Options
+from strategies.robust import Kept, average
 
 __all__ = ["Lora", "Options"]
 
@@ -58,7 +59,7 @@ class LoraAccumulator:
 
     number: int
     start: Tensors
-    sum: WeightedSum | lora.FactorSum | lora.NormSum
+    sum: WeightedSum | Kept | lora.FactorSum | lora.NormSum
 
 
 class Lora(Method):
@@ -72,6 +73,7 @@ class Lora(Method):
         self.rule = self.options.rule
         self.replays = self.rule == "fed-sb"
         self.asynchronous = self.rule in ("fedit", "ffa")  # which add mean changes to the old factors
+        self.averages = self.rule in _AVERAGED and self.rule != "fed-sb"  # whose directions are a product's
         self.lacking = LACKING if self.rule == "fedsa" else ""
         self._taken: dict[str, lora.Factors] = {}
         check(config, self.options)
@@ -189,7 +191,7 @@ class Lora(Method):
             return LoraAccumulator(round, state.tensors, lora.FactorSum(state.tensors, ()))
         spec = self.spec(self._exchange(state), state.tensors)
         if self.rule in _AVERAGED:
-            return LoraAccumulator(round, state.tensors, WeightedSum(spec))
+            return LoraAccumulator(round, state.tensors, average(self.config.server, spec))
         factors = {name for pair in lora.pairs(state.tensors).values() for name in pair}
         plain = sorted(spec if self.rule == "residual" else spec.keys() - factors)
         kind = lora.NormSum if self.rule == "hetero" else lora.FactorSum
@@ -231,7 +233,7 @@ class Lora(Method):
 
     def fold(self, acc: LoraAccumulator, kind: str, reply: Reply) -> LoraAccumulator:
         """Server: take in one reply; rules on products first add what the client started from."""
-        if isinstance(acc.sum, WeightedSum):
+        if isinstance(acc.sum, WeightedSum | Kept):
             acc.sum.add(reply.tensors, reply.examples)
             return acc
         if kind == "setup":
@@ -258,7 +260,7 @@ class Lora(Method):
         if acc.number == 0:
             return self._directed(state, acc)
         after = dict(state.tensors)
-        changes = acc.sum.mean() if isinstance(acc.sum, WeightedSum) else acc.sum.plain()
+        changes = acc.sum.mean() if isinstance(acc.sum, WeightedSum | Kept) else acc.sum.plain()
         for name, change in changes.items():
             after[name] = state.tensors[name] + change
         if isinstance(acc.sum, lora.NormSum):
