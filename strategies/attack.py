@@ -20,7 +20,8 @@ import torch
 from fedllm.config import RunConfig
 from fedllm.data.tokens import Tokens, ragged
 from fedllm.errors import ConfigError
-from fedllm.models.model import Model, evaluate
+from fedllm.models.evaluation import evaluate
+from fedllm.models.model import Model
 from fedllm.randomness import stream
 from fedllm.tensors import Tensors, norm_of
 
