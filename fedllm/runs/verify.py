@@ -124,8 +124,8 @@ def verify(folder: Path, authority: Path | None = None) -> Verified:
     if authority is not None:
         _require_authority(folder, json.loads(links[0].body)["certificate"], found.key, authority)
         found.authority = True
-    _require_replies(found, clients)
     _require_rounds(folder, found, committed)
+    _require_replies(found, clients)
     if json.loads(links[-1].body)["configuration"] != configured:
         raise Broken(f"{folder}: the configuration in run.db is not the one of link {links[-1].id}")
     _require_checkpoints(folder, found)
