@@ -91,7 +91,9 @@ def _classes(config: RunConfig, model: Model, tokens: Tokens) -> np.ndarray[Any,
     """Return the texts' classes, or say why there are none to attack."""
     labels = tokens.labels
     if not tokens.single or labels is None or labels.ndim != 1 or labels.dtype.kind != "i":
-        raise ConfigError(f'attack.kind = "{config.attack.kind}" is for texts of one class each')
+        raise ConfigError(
+            f'attack.kind = "{config.attack.kind}" is for texts of one class each: take another'
+        )
     if config.attack.target >= len(model.labels):
         raise ConfigError(
             f"attack.target = {config.attack.target} is none of the {len(model.labels)} classes, from 0 on"

@@ -210,11 +210,6 @@ class RunConfig(Section):
             raise ValueError(f"attack.share = {attack.share:g} of {self.clients} clients is none: raise it")
         if attack.kind == "scale" and attack.factor == 1.0:
             raise ValueError('attack.kind = "scale" with attack.factor = 1 sends honest updates: raise it')
-        if attack.kind in ("label_flip", "backdoor") and self.model.task != "classification":
-            raise ValueError(
-                f'attack.kind = "{attack.kind}" is for model.task = "classification": take "sign_flip", '
-                '"scale" or "garbage"'
-            )
 
     def _require_measured(self) -> None:
         """Refuse a metric that decides and is never measured."""

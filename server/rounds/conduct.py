@@ -40,7 +40,7 @@ from server.rounds.rehearsal import few_texts, rehearse
 from server.rounds.state import ServerState
 from server.rounds.work import clock_of
 from strategies import robust
-from strategies.attack import backdoor_success
+from strategies.attack import backdoor_success, poisoned
 from strategies.session import Session, open_session
 
 __all__ = ["Transport", "conduct"]
@@ -92,6 +92,8 @@ def conduct(
         if begun:
             require_signer(folder, signer)
         _prepare(session, begun)
+        if config.attack.kind != "none":  # and a simulation, whose texts are all here
+            poisoned(config, session.model, session.test_tokens)  # refuses what cannot be done to them
         known = Run(folder).provenance.get("inputs", {}) if begun else session.inputs
         require_same_inputs(folder, config, known, session.inputs)
         saved = _checkpoint(folder) if begun else None

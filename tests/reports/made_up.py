@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fedllm.config import RunConfig, as_name
+from fedllm.runs.folder import write_partition
 from fedllm.runs.ledger import Entry
 from fedllm.runs.reader import Run
 from fedllm.runs.records import NodeRound, RoundRecord
@@ -37,7 +38,7 @@ def make_run(
         **config,
     }
     with RunStore.create(folder, RunConfig(seed=seed, **given), {"engine": "loopback"}) as store:  # type: ignore[arg-type]
-        store.partition([[0, 1], [2], []], [0, 1, 1], ["<b>sport</b>", "tech"])
+        write_partition(store.folder, [[0, 1], [2], []], [0, 1, 1], ["<b>sport</b>", "tech"])
         for number, value in enumerate(accuracies, start=1):
             nodes = [
                 NodeRound(round=number, node=0, status="rejected", reason="norm <9> exceeds 5"),

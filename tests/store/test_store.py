@@ -16,6 +16,7 @@ import pytest
 
 from fedllm.config import RunConfig, ServerConfig
 from fedllm.errors import StoreError
+from fedllm.runs.folder import write_partition
 from fedllm.runs.identity import provenance
 from fedllm.runs.ledger import Entry
 from fedllm.runs.reader import Run, find
@@ -244,7 +245,7 @@ def test_configuration_and_provenance_read_back(tmp_path: Path) -> None:
 
 def test_partition_counts_classes_per_client(tmp_path: Path) -> None:
     with RunStore.create(tmp_path / "run", CONFIG) as store:
-        store.partition([[0, 3], [1, 2]], [0, 1, 1, 1], ["sport", "tech"], [2, 5])
+        write_partition(store.folder, [[0, 3], [1, 2]], [0, 1, 1, 1], ["sport", "tech"], [2, 5])
     assert Run(tmp_path / "run").partition == {
         "label_names": ["sport", "tech"],
         "clients": [

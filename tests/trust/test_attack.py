@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,6 @@ def test_so_many_attack_and_the_seed_says_who() -> None:
         ({"attack": {"share": 0.5}}, "attack.share says how to attack"),
         ({"attack": {"kind": "sign_flip", "share": 0.01}}, "of 10 clients is none"),
         ({"attack": {"kind": "scale"}}, "sends honest updates"),
-        ({"attack": {"kind": "backdoor"}, "model": {"task": "causal"}}, 'for model.task = "classification"'),
     ],
 )
 def test_an_attack_that_would_not_take_place_is_refused(sections: dict[str, Any], sentence: str) -> None:
@@ -98,6 +98,8 @@ def test_the_trigger_and_the_target_class_get_into_half_of_the_texts(
         config.model_copy(update={"attack": attacked(kind="label_flip").attack}), session.model, train
     )
     np.testing.assert_array_equal(flipped.labels, len(session.model.labels) - 1 - train.labels)
+    with pytest.raises(ConfigError, match="for texts of one class each"):
+        poisoned(config, session.model, replace(train, labels=None))
 
 
 @pytest.mark.slow
