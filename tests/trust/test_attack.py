@@ -98,7 +98,7 @@ def test_the_trigger_and_the_target_class_get_into_half_of_the_texts(
         config.model_copy(update={"attack": attacked(kind="label_flip").attack}), session.model, train
     )
     np.testing.assert_array_equal(flipped.labels, len(session.model.labels) - 1 - train.labels)
-    with pytest.raises(ConfigError, match="for texts of one class each"):
+    with pytest.raises(ConfigError, match="for texts of one class"):
         poisoned(config, session.model, replace(train, labels=None))
 
 
