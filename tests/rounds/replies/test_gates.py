@@ -292,7 +292,8 @@ def test_what_is_usual_is_learnt_from_sixteen_values_on(tmp_path: Path) -> None:
     assert {at for at, status in found.items() if status == "rejected"} == {(9, 1)}
     saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
-    assert ServerState.load(saved).usual == gates.Usual(1.0, gates.ENOUGH) == engine.state.usual
+    recent = [[1.0, 1.0]] * 4 + [[1.0]]
+    assert ServerState.load(saved).usual == gates.Usual(1.0, gates.ENOUGH, recent) == engine.state.usual
 
 
 # --- weights ------------------------------------------------------------------------------------------
