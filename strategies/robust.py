@@ -89,6 +89,11 @@ class Kept:
         """Replies folded."""
         return len(self._kept)
 
+    @property
+    def weight(self) -> int:
+        """Total weight folded."""
+        return sum(weight for _, weight, _ in self._kept)
+
     def add(self, tensors: Tensors, weight: int) -> None:
         """Keep one reply.
 
