@@ -32,7 +32,7 @@ class State:
     Attributes:
         version: 0 is the initial state that every node derives for itself; each commit adds one.
         tensors: global trainable tensors, as clients hold them at this version.
-        memory: what only the server needs: optimiser moments, a previous gradient, residuals.
+        memory: what the method's own half on the server needs, such as a previous gradient.
     """
 
     version: int

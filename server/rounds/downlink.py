@@ -21,8 +21,6 @@ from strategies.base import Method, Replay
 
 __all__ = ["Downlink"]
 
-_FEEDBACK = "down/"
-
 
 @dataclass
 class Downlink:
@@ -42,7 +40,7 @@ class Downlink:
     error: float | None = None
 
     def commit(
-        self, version: int, tensors: Tensors, proposal: Tensors | Replay, memory: Tensors
+        self, version: int, tensors: Tensors, proposal: Tensors | Replay, residual: Tensors
     ) -> tuple[Tensors, Tensors]:
         """Turn a method's proposal into the next version, as clients will decode it.
 
@@ -50,27 +48,24 @@ class Downlink:
             version: of ``tensors``, the current global tensors.
             tensors: the current global tensors.
             proposal: the next ones, or a replay record that leads to them.
-            memory: the server's memory; holds the downlink's feedback state under ``down/``.
+            residual: what the codec left out of earlier versions; empty at first.
 
         Returns:
-            The next global tensors and the next memory.
+            The next global tensors and the next residual.
         """
         if isinstance(proposal, Replay):
             self._keep(REPLAYED + proposal.record, version, tensors)
-            return self.method.replay(tensors, proposal.record), memory
+            return self.method.replay(tensors, proposal.record), residual
         if isinstance(self.codec, Dense):
             self.sent.increments, self.sent.first = [], version + 1
-            return proposal, memory
-        feedback = {k.removeprefix(_FEEDBACK): v for k, v in memory.items() if k.startswith(_FEEDBACK)}
-        rest = {k: v for k, v in memory.items() if not k.startswith(_FEEDBACK)}
+            return proposal, residual
         update = {name: proposal[name] - old for name, old in tensors.items()}
         told = context(self.config, version)
-        payload, feedback = self.codec.encode(update, feedback, told)
+        payload, residual = self.codec.encode(update, residual, told)
         self._keep(ENCODED + payload, version, tensors)
         decoded, _, self.parts = self.codec.inspect(payload, spec_of(tensors), {}, told)
         self.error = relative_error(update, decoded)
-        after = {name: old + decoded[name] for name, old in tensors.items()}
-        return after, rest | {_FEEDBACK + name: value for name, value in feedback.items()}
+        return {name: old + decoded[name] for name, old in tensors.items()}, residual
 
     def payload(self, node: int, version: int, tensors: Tensors) -> tuple[int, tuple[int, ...], bytes]:
         """Return ``start``, ``sizes`` and the payload that bring ``node`` to ``version``."""

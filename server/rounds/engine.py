@@ -306,17 +306,20 @@ class Engine(Strategy):
 
     def _commit(self, acc: Any) -> Mapping[str, float]:
         """Let method, server optimiser and downlink codec step in turn; return the method's report."""
-        state = self.state.current
+        kept, state = self.state, self.state.current
         step = self.method.step(state, acc)
-        proposal, memory = step.proposal, step.memory
+        proposal, moments = step.proposal, kept.moments
         if isinstance(proposal, dict):
-            proposal, memory = optimizers.advance(self.config.server, state.tensors, proposal, memory)
-        tensors, memory = self._messages.downlink.commit(state.version, state.tensors, proposal, memory)
+            proposal, moments = optimizers.advance(self.config.server, state.tensors, proposal, moments)
+        tensors, residual = self._messages.downlink.commit(
+            state.version, state.tensors, proposal, kept.residual
+        )
         # What a lossy downlink holds back for later rounds is no standstill.
         optimizers.require_change(
             state.tensors, proposal if isinstance(proposal, dict) else tensors, self.completed + 1
         )
-        self.state.current = State(state.version + 1, tensors, memory)
+        kept.current = State(state.version + 1, tensors, step.memory)
+        kept.moments, kept.residual = moments, residual
         return step.report
 
     def _score(self, number: int) -> dict[str, float]:

@@ -19,11 +19,11 @@ from fedllm.tensors import Tensors
 
 __all__ = ["advance", "require_change"]
 
-_FIRST, _SECOND = "optimizer/m/", "optimizer/v/"
+_FIRST, _SECOND = "m/", "v/"
 
 
 def advance(
-    config: ServerConfig, current: Tensors, proposed: Tensors, memory: Tensors
+    config: ServerConfig, current: Tensors, proposed: Tensors, moments: Tensors
 ) -> tuple[Tensors, Tensors]:
     """Move from ``current`` in the direction of ``proposed``.
 
@@ -31,10 +31,10 @@ def advance(
         config: which optimiser, and its constants.
         current: global tensors before the round.
         proposed: what plain averaging would make of them; same names and shapes.
-        memory: the server's memory; moments live in it under ``optimizer/``.
+        moments: of earlier rounds, empty at first.
 
     Returns:
-        The next global tensors and the next memory.
+        The next global tensors and the next moments.
 
     >>> import torch
     >>> now, then = {"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}
@@ -42,29 +42,29 @@ def advance(
     [0.5]
     """
     if config.optimizer == "sgd" and config.learning_rate == 1.0:
-        return proposed, memory
-    memory = dict(memory)
+        return proposed, moments
+    moments = dict(moments)
     advanced: Tensors = {}
     for name, value in current.items():
         update = proposed[name] - value
         if config.optimizer == "sgd":
             advanced[name] = value + config.learning_rate * update
             continue
-        first = memory.get(_FIRST + name, update.new_zeros(update.shape))
+        first = moments.get(_FIRST + name, update.new_zeros(update.shape))
         if config.optimizer == "momentum":
-            memory[_FIRST + name] = first = config.momentum * first + update
+            moments[_FIRST + name] = first = config.momentum * first + update
             advanced[name] = value + config.learning_rate * first
             continue
-        memory[_FIRST + name] = first = config.momentum * first + (1 - config.momentum) * update
-        second = memory.get(_SECOND + name, update.new_zeros(update.shape))
+        moments[_FIRST + name] = first = config.momentum * first + (1 - config.momentum) * update
+        second = moments.get(_SECOND + name, update.new_zeros(update.shape))
         square = update.square()
         if config.optimizer == "adam":
             second = config.beta2 * second + (1 - config.beta2) * square
         else:
             second = second - (1 - config.beta2) * square * (second - square).sign()
-        memory[_SECOND + name] = second
+        moments[_SECOND + name] = second
         advanced[name] = value + config.learning_rate * first / (second.sqrt() + config.epsilon)
-    return advanced, memory
+    return advanced, moments
 
 
 def require_change(before: Tensors, after: Tensors, number: int) -> None:

@@ -65,7 +65,7 @@ class ServerState:
     """The server's side of a run between two rounds.
 
     Attributes:
-        current: version, global tensors, and what the method and the server optimiser remember.
+        current: version, global tensors, and what the method remembers.
         completed: rounds committed; -1 before the setup.
         sent: what clients have been sent.
         estimates: receiver state of the uplink codec by client (EF21's); empty for most codecs.
@@ -75,6 +75,8 @@ class ServerState:
         usual: how long updates usually are.
         flights: clients at work in mode ``async``, by number; saved are those whose answer is there.
         now: simulated seconds in which rounds overlap; 0 but in mode ``async``.
+        moments: what the server optimiser remembers.
+        residual: what ``codec.down`` left out of earlier versions.
     """
 
     current: State
@@ -87,6 +89,8 @@ class ServerState:
     usual: gates.Usual = field(default_factory=gates.Usual)
     flights: dict[int, Flight] = field(default_factory=dict)
     now: float = 0.0
+    moments: Tensors = field(default_factory=dict)
+    residual: Tensors = field(default_factory=dict)
 
     @classmethod
     def begin(cls, initial: Tensors, *, derived: bool = True) -> Self:
@@ -123,6 +127,8 @@ class ServerState:
             {
                 "tensors": self.current.tensors,
                 "memory": self.current.memory,
+                "moments": self.moments,
+                "residual": self.residual,
                 "increments": increments,
                 "estimates": estimates,
                 "flights": {str(node): _bytes(flight.answer) for node, flight in flights.items()},
@@ -158,8 +164,10 @@ class ServerState:
         increments = groups["increments"]
         # Checkpoints of before some of these were kept leave them to be learnt again.
         usual = facts.get("usual_norm", 0.0)
+        memory, moments = _apart(groups["memory"], "optimizer/")
+        memory, residual = _apart(memory, "down/")
         return cls(
-            State(facts["version"], groups["tensors"], groups["memory"]),
+            State(facts["version"], groups["tensors"], memory),
             saved.number,
             Sent(
                 facts["first"],
@@ -178,6 +186,8 @@ class ServerState:
                 for node, (begun, asked, *how) in facts.get("flights", {}).items()
             },
             facts.get("now", 0.0),
+            groups.get("moments", moments),
+            groups.get("residual", residual),
         )
 
 
@@ -191,3 +201,10 @@ def _data(tensor: torch.Tensor) -> bytes:
 
 def _by_node(facts: Mapping[str, Any]) -> dict[int, Any]:
     return {int(node): value for node, value in facts.items()}
+
+
+def _apart(memory: Tensors, prefix: str) -> tuple[Tensors, Tensors]:
+    """Take out what stood under a prefix in the memory of all, before each owner had a group of its own."""
+    owned = {name: value for name, value in memory.items() if name.startswith(prefix)}
+    rest = {name: value for name, value in memory.items() if name not in owned}
+    return rest, {name.removeprefix(prefix): value for name, value in owned.items()}

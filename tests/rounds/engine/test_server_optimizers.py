@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from fedllm.config import ServerConfig
+from fedllm.runs import checkpoint
 from fedllm.tensors import Tensors
 from server.rounds.optimizers import advance
+from server.rounds.state import ServerState
+from strategies.base import State
 
 UPDATES = (1.0, 0.5, -0.25)
 RATE, BETA1, BETA2, EPSILON = 0.5, 0.8, 0.9, 0.01
@@ -37,18 +42,30 @@ def test_three_rounds_are_what_the_algorithm_says(kind: str) -> None:
     config = ServerConfig.model_validate(
         {"optimizer": kind, "learning_rate": RATE, "momentum": BETA1, "beta2": BETA2, "epsilon": EPSILON}
     )
-    tensors, memory = {"w": torch.tensor([2.0, -3.0])}, Tensors({"other": torch.ones(1)})
+    tensors, moments = {"w": torch.tensor([2.0, -3.0])}, Tensors()
     for update, step in zip(UPDATES, STEPS[kind], strict=True):
         # The second value gets the opposite update: everything but v is odd in it.
         proposed = {"w": tensors["w"] + torch.tensor([update, -update])}
         expected = tensors["w"] + torch.tensor([step, -step])
-        tensors, memory = advance(config, tensors, proposed, memory)
+        tensors, moments = advance(config, tensors, proposed, moments)
         torch.testing.assert_close(tensors["w"], expected, rtol=1e-5, atol=1e-6)
-    assert memory["other"].tolist() == [1.0]
 
 
 def test_plain_averaging_takes_the_mean_bit_for_bit() -> None:
     now, mean = {"w": torch.tensor([0.1])}, {"w": torch.tensor([0.3])}
-    tensors, memory = advance(ServerConfig(), now, mean, {})
+    tensors, moments = advance(ServerConfig(), now, mean, {})
     assert torch.equal(tensors["w"], mean["w"])
-    assert memory == {}
+    assert moments == {}
+
+
+def test_what_stood_in_the_memory_of_all_is_given_to_its_owner(tmp_path: Path) -> None:
+    """As checkpoints were before moments and residual had groups of their own."""
+    values = {name: torch.tensor([float(number)]) for number, name in enumerate("wmrg")}
+    memory = {"optimizer/m/w": values["m"], "down/w": values["r"], "guide": values["g"]}
+    ServerState(State(3, {"w": values["w"]}, memory), completed=2).save(tmp_path)
+    saved = checkpoint.load(tmp_path, 2)
+    old = {name: group for name, group in saved.groups.items() if name not in ("moments", "residual")}
+    found = ServerState.load(dataclasses.replace(saved, groups=old))
+    assert found.moments == {"m/w": values["m"]}
+    assert found.residual == {"w": values["r"]}
+    assert found.current.memory == {"guide": values["g"]}
