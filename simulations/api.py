@@ -9,29 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fedllm.config import RunConfig
-from fedllm.errors import ConfigError, refused_by_the_system
+from fedllm.errors import refused_by_the_system
 from fedllm.extras import require
-from fedllm.presets import document, origin
 from fedllm.runs.reader import Run as Stored
 from fedllm.runs.records import FILE
 from fedllm.runs.summary import round_line
 from simulations import running
 from simulations.experiment import free_folder
 from simulations.given import Given
+from simulations.results.options import Format, Which
 from simulations.running import Host, undisturbed
-from strategies.registry import resolve_run
-from strategies.starting_point import StartingPoint, usual_source
+from simulations.sources import Source, chosen, name_of, resolved
+from strategies.starting_point import StartingPoint
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["Run", "load_config", "open_run", "simulate"]
-
-Source = str | Path | RunConfig
-Which = int | Literal["best"] | None
 
 
 def simulate(
@@ -83,8 +80,8 @@ def simulate(
     host = Host(engine, workers, threads)
     running.require_packages(host, report=report)
     given = Given.of(data, clients, model)
-    source = _source(source, settings or {}, sections, given.settings)
-    config = _resolved(source, settings or {}, sections, given.settings)
+    source = chosen(source, settings or {}, sections, given.settings)
+    config = resolved(source, settings or {}, sections, given.settings)
     folder = Path(out) if out is not None else free_folder(Path("runs") / config.name)
     console = _console(progress)
     with _explained(), undisturbed(device), given.laid_out(config, folder, overwrite) as config:
@@ -92,7 +89,7 @@ def simulate(
         config = choose(config)
         running.free(folder, config, overwrite)
         if console is not None:
-            running.announce([(_origin(source), config)], folder, console)
+            running.announce([(name_of(source), config)], folder, console)
         with _resumable(folder):
             running.run(config, folder, host, console, track=track)
         running.require_finished([folder])
@@ -115,7 +112,7 @@ def load_config(source: Source | None = None, settings: Mapping[str, Any] | None
     >>> load_config("quickstart", {"training.local_steps": 4, "codec": {"up": "quantize(bits=8)"}}).codec.up
     'quantize(bits=8)'
     """
-    return _resolved(_source(source, settings or {}), settings or {})
+    return resolved(chosen(source, settings or {}), settings or {})
 
 
 def open_run(folder: str | Path) -> Run:
@@ -269,7 +266,7 @@ class Run:
         out: str | Path,
         round: Which = None,
         *,
-        format: Literal["merged", "onnx", "int8"] | None = None,
+        format: Format | None = None,
     ) -> Path:
         """Write the result for other programs into a new folder; return where: ``adapter/``, ``model/``, ...
 
@@ -340,35 +337,6 @@ class Run:
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         return f"<Run {str(self.folder)!r}: {self.status}; {metrics or 'not evaluated'}>"
-
-
-def _source(source: Source | None, *settings: Mapping[str, Any]) -> Source:
-    return source or usual_source(pair for told in settings for pair in _flat(told))
-
-
-def _resolved(source: Source, *settings: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a source with settings changed, of which none may be given twice."""
-    start = source.to_document(given=True) if isinstance(source, RunConfig) else document(str(source))
-    changes: dict[tuple[str, ...], Any] = {}
-    for key, value in (pair for told in settings for pair in _flat(told)):
-        if key in changes:
-            raise ConfigError(f"{'.'.join(key)} is given twice: give it once")
-        changes[key] = value
-    return resolve_run(start, changes.items())
-
-
-def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield settings by the parts of their keys, those of a section one by one."""
-    for key, value in settings.items():
-        parts = tuple(str(key).split("."))
-        if isinstance(value, Mapping) and len(parts) == 1:
-            yield from (((*parts, *str(name).split(".")), one) for name, one in value.items())
-        else:
-            yield parts, value
-
-
-def _origin(source: Source) -> str:
-    return source.name if isinstance(source, RunConfig) else origin(str(source))
 
 
 def _console(progress: bool) -> Console | None:

@@ -14,9 +14,14 @@ import typer
 
 from fedllm.errors import ConfigError, DataError
 
-__all__ = ["PANEL", "AtRound", "one_by_one", "read_text", "which"]
+__all__ = ["PANEL", "AtRound", "Format", "Which", "one_by_one", "read_text", "which"]
 
 PANEL = "Simulations and results"
+
+Which = int | Literal["best"] | None
+"""A round whose checkpoint is there, the best one, or the last."""
+Format = Literal["merged", "onnx", "int8"]
+"""``merged``: a plain transformers model; ``onnx``: a graph for ONNX Runtime; ``int8``: it quantised."""
 
 AtRound = Annotated[
     str | None,
@@ -42,7 +47,7 @@ def one_by_one(command: Callable[..., None]) -> Callable[..., None]:
     return taking
 
 
-def which(round: str | None) -> int | Literal["best"] | None:
+def which(round: str | None) -> Which:
     """Read ``--round``."""
     if round is None:
         return None

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,13 +25,13 @@ from fedllm.runs import checkpoint
 from fedllm.runs.card import write_card
 from fedllm.runs.reader import Run
 from fedllm.tensors import Tensors
+from simulations.results.options import Which
 from strategies.base import Method
 from strategies.registry import open_method
 
 __all__ = [
     "BEST",
     "Restored",
-    "Which",
     "answering",
     "continued",
     "export",
@@ -47,8 +47,6 @@ __all__ = [
 ]
 
 BEST = "best"
-Which = int | Literal["best"] | None
-"""A round whose checkpoint is there, the best one, or the last."""
 _NEW_TOKENS = 40
 _WHOLE = 2**20
 """Tokens that no text has."""

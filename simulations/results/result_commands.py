@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ from fedllm.terminal.console import AsJson, Device, Plugin, RunDir, console, pri
 from fedllm.wording import number
 from simulations.bench import BENCHMARKS
 from simulations.results import talk_commands
-from simulations.results.options import PANEL, AtRound, read_text, which
+from simulations.results.options import PANEL, AtRound, Format, read_text, which
 
 if TYPE_CHECKING:
     from fedllm.data.reading import Row
@@ -170,7 +170,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder to write to.")],
     round: AtRound = None,
     format: Annotated[
-        Literal["merged", "onnx", "int8"] | None,
+        Format | None,
         typer.Option(
             help="merged: a plain transformers model, the adapter in its weights; onnx: a graph for ONNX "
             "Runtime; int8: that quantised. Default: what the run trained, an adapter or a model.",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,13 +29,11 @@ from fedllm.models.saving import describe, save_merged, unbounded
 from fedllm.runs.card import write_card
 from fedllm.runs.reader import Run
 from fedllm.tasks.base import Pooling
-from simulations.results.predict import Restored, Which, answering, sentences
+from simulations.results.options import Format, Which
+from simulations.results.predict import Restored, answering, sentences
 from strategies.session import open_session
 
-__all__ = ["Comparison", "Format", "ship"]
-
-Format = Literal["merged", "onnx", "int8"]
-"""``merged``: a plain transformers model; ``onnx``: a graph for ONNX Runtime; ``int8``: it quantised."""
+__all__ = ["Comparison", "ship"]
 
 _GRAPH = "model.onnx"
 _INPUTS = ("input_ids", "attention_mask")

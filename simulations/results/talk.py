@@ -21,7 +21,8 @@ from fedllm.models.model import Model
 from fedllm.models.network import Network
 from fedllm.runs.reader import Run
 from fedllm.tasks.chat import Message, end_of_turn, fit
-from simulations.results.predict import Which, answering, continued, prompts, raw, rows
+from simulations.results.options import Which
+from simulations.results.predict import answering, continued, prompts, raw, rows
 
 __all__ = ["NEW_TOKENS", "Chat", "Speaker", "base_of", "generate", "open_speaker"]
 

@@ -11,9 +11,11 @@ from flwr.app import Context, Message
 
 from client.node import CONFIG_KEY, FOLDER_KEY
 from fedllm.config import RunConfig
+from fedllm.runs.writer import RunStore
 from server.rounds.conduct import conduct
 from simulations.engines.loopback import LoopbackGrid, loopback
 from strategies.base import Method
+from strategies.session import forget_sessions
 
 Fault = Callable[[Message], Message | None]
 """Takes a client's reply; returns what reaches the server, or nothing."""
@@ -65,6 +67,26 @@ def let_measure(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> None:
     """Let the server measure these accuracies, one after the other."""
     values = iter(accuracies)
     monkeypatch.setattr(Method, "score", lambda self, model, test: {"accuracy": next(values)})
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches a kill."""
+
+
+def cut(config: RunConfig, folder: Path, number: int) -> None:
+    """Conduct a run until it is killed as it would write down a round, and forget what the process knew."""
+    commit = RunStore.round
+
+    def killed(store: RunStore, record: Any, *given: Any) -> None:
+        if record.round == number:
+            raise Killed
+        commit(store, record, *given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RunStore, "round", killed)
+        with pytest.raises(Killed):
+            run(config, folder)
+    forget_sessions()
 
 
 def run(

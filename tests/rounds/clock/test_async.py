@@ -18,10 +18,9 @@ from fedllm.runs.writer import RunStore
 from simulations.engines.loopback import loopback
 from simulations.engines.loopback import simulate as in_process
 from strategies.registry import resolve_run
-from strategies.session import forget_sessions
 from tests.rounds.clock.test_clock import clock_of, device, simulated
-from tests.rounds.clock.test_same_time import Killed, outcome
-from tests.rounds.federation import configuration, run
+from tests.rounds.clock.test_same_time import outcome
+from tests.rounds.federation import configuration, cut, run
 from tests.rounds.scripted import constant, engine_of, grid_of, play, scripted, send
 
 SENT, TEXTS = (1.0, 10.0, 100.0), (10, 20, 30)
@@ -138,23 +137,10 @@ def test_a_buffer_of_all_clients_is_a_synchronous_round(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_with_the_same_bits(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_killed_ends_with_the_same_bits(config: RunConfig, tmp_path: Path) -> None:
     """Also with answers that came after the kill and were begun before it."""
     run(config, tmp_path / "whole")
-    commit = RunStore.round
-
-    def killed(store: RunStore, record: Any, *given: Any) -> None:
-        if record.round == 4:
-            raise Killed
-        commit(store, record, *given)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "round", killed)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "cut")
-    forget_sessions()  # as a new process begins
+    cut(config, tmp_path / "cut", 4)
     run(config, tmp_path / "cut")
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     assert max(row.metrics.get("staleness", 0) for row in Run(tmp_path / "cut").nodes(round=4)) > 0

@@ -9,16 +9,9 @@ import pytest
 
 from fedllm.config import RunConfig
 from fedllm.runs.reader import Run
-from fedllm.runs.writer import RunStore
 from simulations.engines.flower import simulate as on_flower
 from simulations.engines.loopback import simulate as in_process
-from strategies.session import forget_sessions
-from tests.rounds.federation import configuration, run
-
-
-class Killed(BaseException):
-    """What ends a process at once."""
-
+from tests.rounds.federation import configuration, cut, run
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -98,23 +91,10 @@ def test_the_slow_ones_are_late(config: RunConfig, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fwdllm", "lora"], indirect=True)
-def test_a_run_that_was_killed_goes_on_with_the_same_clock(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_killed_goes_on_with_the_same_clock(config: RunConfig, tmp_path: Path) -> None:
     run(config, tmp_path / "whole")
-    commit = RunStore.round
-
-    def killed(store: RunStore, record: Any, *given: Any) -> None:
-        if record.round == 3:
-            raise Killed
-        commit(store, record, *given)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "round", killed)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "cut")
+    cut(config, tmp_path / "cut", 3)
     assert len(Run(tmp_path / "cut").rounds()) == 3
-    forget_sessions()  # as a new process begins
     run(config, tmp_path / "cut")
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fedllm.errors import ConfigError, RunFailed
 from simulations.results import shipping
+from simulations.results.options import Format
 from simulations.results.predict import plain_model, tokenizer
 from simulations.results.shipping import ship
 from tests.parts import quick
@@ -122,7 +123,7 @@ def test_what_else_lies_in_the_folder_stays(
 
 @pytest.mark.parametrize("form", quick(["merged", "onnx"], "merged"))
 def test_an_adapter_that_no_weights_can_hold_is_refused(
-    form: shipping.Format, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+    form: Format, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
     folder = trained(tiny_encoder, tiny_texts, tmp_path, tuning={"peft": "bottleneck", "rank": 2})
     with pytest.raises(ConfigError, match=r'tuning\.peft = "bottleneck" is none'):
