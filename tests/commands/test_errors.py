@@ -25,6 +25,7 @@ from fedllm.errors import (
 )
 from fedllm.terminal.console import console, results
 from tests.commands.conftest import Fedllm
+from tests.parts import quick
 
 ROOT = Path(package.__file__).parents[1]
 HOSTILE = "[/red] [bold]C:\\data[0]\\[x] pip install 'fedllm[tensorboard]' :bug: [link=http://e]"
@@ -61,23 +62,30 @@ def test_with_json_an_error_is_an_object_and_the_code_stays(
 
 @pytest.mark.parametrize(
     ("words", "kind"),
-    [
+    quick(
+        [
+            (["bnch"], "NoSuchCommand"),
+            (["simulate", "--sedes", "0..1"], "NoSuchOption"),
+            (["simulate", "nothing-of-this-name"], "ConfigError"),
+            (["resume", "nowhere"], "StoreError"),
+            (["report", "nowhere"], "StoreError"),
+            (["export", "nowhere", "out"], "StoreError"),
+            (["predict", "nowhere", "text"], "StoreError"),
+            (["compare", "nowhere"], "StoreError"),
+            (["reproduce", "nothing"], "ConfigError"),
+            (["bench", "nothing"], "ConfigError"),
+            (["provision", "nowhere"], "ConfigError"),
+            (["server", "nowhere"], "ConfigError"),
+            (["run", "--server", "nowhere"], "ConfigError"),
+            (["client", "nowhere"], "ConfigError"),
+            (["dashboard", "nowhere", "--tls"], "ConfigError"),
+        ],
         (["bnch"], "NoSuchCommand"),
-        (["simulate", "--sedes", "0..1"], "NoSuchOption"),
         (["simulate", "nothing-of-this-name"], "ConfigError"),
-        (["resume", "nowhere"], "StoreError"),
         (["report", "nowhere"], "StoreError"),
-        (["export", "nowhere", "out"], "StoreError"),
-        (["predict", "nowhere", "text"], "StoreError"),
-        (["compare", "nowhere"], "StoreError"),
-        (["reproduce", "nothing"], "ConfigError"),
         (["bench", "nothing"], "ConfigError"),
-        (["provision", "nowhere"], "ConfigError"),
-        (["server", "nowhere"], "ConfigError"),
-        (["run", "--server", "nowhere"], "ConfigError"),
         (["client", "nowhere"], "ConfigError"),
-        (["dashboard", "nowhere", "--tls"], "ConfigError"),
-    ],
+    ),
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_every_command_gives_its_errors_as_json(

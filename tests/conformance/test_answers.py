@@ -14,6 +14,7 @@ from fedllm import randomness
 from strategies.base import Answer, Exchange, State
 from strategies.session import Session
 from tests.conformance.federation import ask, session_for, start
+from tests.parts import quick
 
 STEPS = 3
 FORWARD = {"tuning": {"rank": 1, "targets": ("query",)}}
@@ -78,7 +79,7 @@ def test_training_tells_its_mean_loss_and_its_passes(name: str, opened: Callable
     assert (answer.passes.forward, answer.passes.backward) == (STEPS, STEPS)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", quick(DRAWN, "lora", "fedkd", "fedkseed", "fwdllm"))
 def test_every_draw_is_named_by_what_it_is_for(
     name: str, opened: Callable[[str], Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -308,7 +308,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     return told | {"rounds": [record.metrics for record in found.rounds()]}
 
 
-@pytest.mark.parametrize(("task", "method"), quick(ONCE_EACH, ("span", "lora")))
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "method"), ONCE_EACH)
 def test_a_task_that_was_cut_short_ends_in_the_same_bits(
     task: str,
     method: str,

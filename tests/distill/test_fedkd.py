@@ -65,8 +65,10 @@ def test_only_the_students_update_travels(start: Start) -> None:
     assert answer.examples == 24
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+TUNED = [(causal, tuning) for causal in (False, True) for tuning in ("full", "lora")]
+
+
+@pytest.mark.parametrize(("causal", "tuning"), quick(TUNED, (False, "lora"), (True, "full")))
 def test_every_trainable_part_learns(start: Start, causal: bool, tuning: str) -> None:
     client = start(causal=causal, tuning=tuning)
     answer = client.fit()

@@ -12,7 +12,6 @@ import torch
 from fedllm.models import model as models
 from simulations.results.predict import export, predict
 from strategies.session import forget_sessions
-from tests.parts import quick
 from tests.pretended import DEVICE, Pretended, There
 from tests.rounds.federation import configuration, run
 
@@ -48,7 +47,8 @@ def test_the_pretended_device_refuses_tensors_from_elsewhere() -> None:
         assert torch.equal((there * 2).cpu(), torch.full((3,), 2.0))
 
 
-@pytest.mark.parametrize("name", quick(METHODS, "fwdllm"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_a_run_and_its_answers_stay_on_one_device(
     pretended: None, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, name: str
 ) -> None:

@@ -45,7 +45,7 @@ def bits(total: WeightedSum) -> bytes:
 
 @given(replies)
 @example([([3e7, 0.0, 0.0, 0.0], 1), ([3e7, 0.0, 0.0, 0.0], 1), ([1e7, 0.0, 0.0, 0.0], 1)])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_the_order_of_replies_decides_neither_who_counts_nor_any_bit(
     given: list[tuple[list[float], int]],
 ) -> None:

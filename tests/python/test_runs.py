@@ -164,7 +164,6 @@ def test_a_run_that_was_stopped_is_no_success(
     assert fedllm.open_run(folder).status == "stopped"
 
 
-@pytest.mark.slow
 def test_a_finished_run_goes_on(
     finished: fedllm.Run, small: dict[str, Any], tiny_texts: Path, tmp_path: Path
 ) -> None:

@@ -201,6 +201,7 @@ def test_devices_that_share_nothing_give_the_same_bits_and_bytes(
     assert summary["bytes"] == undisturbed["bytes"]
 
 
+@pytest.mark.slow
 def test_a_node_that_lost_its_own_state_says_so(config: RunConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
 

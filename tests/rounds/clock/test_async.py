@@ -117,6 +117,7 @@ def config(tiny_encoder: Path, tiny_texts: Path) -> RunConfig:
     return real(tiny_encoder, tiny_texts, rounds=6, server=server)
 
 
+@pytest.mark.slow
 def test_a_buffer_of_all_clients_is_a_synchronous_round(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:

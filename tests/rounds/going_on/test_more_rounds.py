@@ -42,12 +42,8 @@ def traffic(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["exchange"] != "describe"]
 
 
-SLOW = {"fed-sb", "fedavg", "fwdllm", "mezo", "fedkd"}
-
-
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SECTIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SECTIONS)
 def test_a_run_goes_on_after_its_end(of: Any, tmp_path: Path, method: str) -> None:
     sections = {"method": method, **SECTIONS[method]}
     whole = run(of(3, **sections), tmp_path / "whole")

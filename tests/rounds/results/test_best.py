@@ -20,7 +20,6 @@ from fedllm.models.readback import require_true
 from fedllm.runs import checkpoint
 from fedllm.runs.reader import Run
 from simulations.results.predict import export, predict, restore
-from tests.parts import quick
 from tests.rounds.federation import configuration, let_measure, run
 
 METHODS = {"lora": ("adapter", "adapter_model.safetensors"), "fedavg": ("model", "model.safetensors")}
@@ -50,7 +49,8 @@ def files(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.iterdir()}
 
 
-@pytest.mark.parametrize("method", quick(METHODS, "lora"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_the_result_of_the_best_round_is_that_of_its_checkpoint(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, scores: Any, compared: list[str], method: str
 ) -> None:
