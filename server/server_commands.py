@@ -40,7 +40,7 @@ def provision(
     folder: Annotated[Path, typer.Argument(help="Folder of the federation.")],
     server: Annotated[str | None, typer.Option(help="Name or address that devices will dial.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Number of nodes.")] = None,
-    port: Annotated[int, typer.Option(help="TCP port of the server.")] = 8000,
+    port: Annotated[int | None, typer.Option(help="TCP port of the server; default 8000.")] = None,
     add_node: Annotated[bool, typer.Option("--add-node", help="Make one more bundle.")] = False,
     revoke: Annotated[int | None, typer.Option(help="Forbid a node to join.", metavar="NODE")] = None,
     renew: Annotated[bool, typer.Option("--renew", help="Issue a new server certificate.")] = False,
@@ -49,6 +49,11 @@ def provision(
     """Make a federation's certificates and keys: one bundle per node. Private keys are never printed."""
     from server.federation import provision as keys
 
+    change = {"--revoke": revoke is not None, "--renew": renew, "--add-node": add_node}
+    new = {"--server": server is not None, "--nodes": nodes is not None, "--port": port is not None}
+    given = [name for name, there in {**change, **new}.items() if there]
+    if any(change.values()) and len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} are two orders; give them one after the other")
     if revoke is not None:
         keys.revoke(folder, revoke)
         _done({"revoked": revoke}, [f"node {revoke} may not join any more"], as_json)
@@ -60,7 +65,7 @@ def provision(
     elif server is None or nodes is None:
         raise ConfigError("a new federation needs --server HOST and --nodes N")
     else:
-        _bundles(keys.provision(folder, server, nodes, port=port), as_json)
+        _bundles(keys.provision(folder, server, nodes, port=8000 if port is None else port), as_json)
 
 
 def _bundles(made: Sequence[Path], as_json: bool) -> None:
@@ -150,9 +155,13 @@ def run(
     from server.federation.link import reached
     from server.federation.serving import await_link
 
+    new = {"a preset or file": source, "--set": overrides, "--plugin": plugin, "--dry-run": dry_run}
+    if resume is not None or stop is not None:
+        if resume is not None and stop is not None:
+            raise ConfigError("--resume and --stop are two orders; give one")
+        if meant := [name for name, given in new.items() if given]:
+            raise ConfigError(f"{meant[0]} is for a new run; --resume and --stop are for one that is there")
     if dry_run:
-        if resume is not None or stop is not None:
-            raise ConfigError("--dry-run is for a new run; --resume and --stop are for one that is there")
         config = _new(source, overrides or [], plugin)
         if as_json:
             print_json(config.to_document())
@@ -192,7 +201,9 @@ def _new(source: str | None, overrides: list[str], plugins: list[str] | None) ->
 
     start = document(source or usual_source(overrides), plugins)
     choose = StartingPoint(console.print, deployed=True)
-    return with_classes(choose(resolve_run(start, overrides)))
+    config = resolve_run(start, overrides)
+    config.placed(deployed=True)  # refuses what only a simulation can do
+    return with_classes(choose(config))
 
 
 def _told(submitted: Submitted, as_json: bool) -> None:

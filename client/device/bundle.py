@@ -47,9 +47,18 @@ class Bundle(NamedTuple):
             bundle.host_and_port  # noqa: B018  # read for the error it raises
         except (OSError, KeyError, ValueError) as error:
             raise ConfigError(
-                f"{folder} is no bundle: {error}; copy bundles/node-N from the server's folder, whole"
+                f"{folder} is no bundle: {_told(error)}; copy bundles/node-N from the server's folder, whole"
             ) from error
         for path in (bundle.authority, bundle.key):
             if not path.is_file():
                 raise ConfigError(f"{path} is missing; copy bundles/node-N from the server's folder, whole")
         return bundle
+
+
+def _told(error: OSError | KeyError | ValueError) -> str:
+    """Say what is wrong with ``bundle.toml``."""
+    if isinstance(error, OSError):
+        return f"bundle.toml cannot be read ({error.strerror})"
+    if isinstance(error, KeyError):
+        return f"bundle.toml does not say its {error.args[0]}"
+    return str(error)

@@ -256,23 +256,26 @@ def bench(
         list[str] | None, typer.Option(help="all: this benchmark; may be given again.", metavar="WHAT")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="all: keeps what was measured, so that what was cut short goes on.")
-    ] = Path("runs/bench"),
+        Path | None,
+        typer.Option(
+            help="all: keeps what was measured, so that what was cut short goes on; default runs/bench."
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="all: measure again what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure what the documentation states, side by side with what it is compared to; all: every goal."""
     from importlib import import_module
 
-    if what == "all":
-        _judge(only or [], out, fresh, as_json)
-        return
-    if what not in BENCHMARKS:
+    if what not in ("all", *BENCHMARKS):
         raise ConfigError(f"there is no benchmark {what!r}; benchmarks are all, {', '.join(BENCHMARKS)}")
     if what != "codecs" and (fuzz or plot):
         raise ConfigError(f"--fuzz and --plot belong to fedllm bench codecs, not to {what}")
-    if only or fresh:
-        raise ConfigError(f"--only and --fresh belong to fedllm bench all, not to {what}")
+    if what == "all":
+        _judge(only or [], out or Path("runs/bench"), fresh, as_json)
+        return
+    if only or fresh or out:
+        raise ConfigError(f"--only, --fresh and --out belong to fedllm bench all, not to {what}")
     options = {"fuzz": fuzz} if what == "codecs" else {}
     benchmark = import_module(f"simulations.bench.{what}")
     found = benchmark.run(**options)

@@ -176,6 +176,39 @@ def test_what_the_system_refuses_is_one_sentence_and_a_fault_of_ours_none(
         fedllm("presets")
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["quickstart", "--resume", "x"],
+            "a preset or file is for a new run; --resume and --stop are for one",
+        ),
+        (["--resume", "x", "--set", "rounds=3"], "--set is for a new run; --resume and --stop are for one"),
+        (["--stop", "x", "--dry-run"], "--dry-run is for a new run; --resume and --stop are for one"),
+        (["provision", "x", "--revoke", "1", "--renew"], "--revoke and --renew are two orders"),
+        (["provision", "x", "--add-node", "--port", "9"], "--add-node and --port are two orders"),
+        (["bench", "all", "--fuzz", "5"], "--fuzz and --plot belong to fedllm bench codecs, not to all"),
+        (
+            ["bench", "codecs", "--out", "x"],
+            "--only, --fresh and --out belong to fedllm bench all, not to codecs",
+        ),
+        (["--stop", "x", "--resume", "x"], "--resume and --stop are two orders; give one"),
+        (
+            ["--set", "simulation.profile=phones-4g", "--dry-run"],
+            "simulation.profile = 'phones-4g' is for fedllm simulate",
+        ),
+    ],
+)
+def test_what_a_run_would_not_heed_is_refused(fedllm: Fedllm, words: list[str], sentence: str) -> None:
+    answer = fedllm(*words) if words[0] in ("provision", "bench") else fedllm("run", *words)
+    assert (answer.code, sentence in answer.err) == (2, True), answer.err
+
+
+def test_a_simulation_that_only_devices_can_make_is_refused_as_it_is_shown(fedllm: Fedllm) -> None:
+    answer = fedllm("simulate", "--set", "server.mode=async", "--dry-run")
+    assert (answer.code, "set simulation.profile" in answer.err) == (2, True), answer.err
+
+
 def test_whoever_stops_following_a_run_is_told_that_it_goes_on(
     fedllm: Fedllm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -179,8 +179,9 @@ def test_a_damaged_key(made: tuple[Path, Bundle], tmp_path: Path) -> None:
 def test_an_incomplete_bundle(made: tuple[Path, Bundle], tmp_path: Path, missing: str) -> None:
     shutil.copytree(made[1].folder, tmp_path / "copy")
     (tmp_path / "copy" / missing).unlink()
-    with pytest.raises(ConfigError, match=r"copy bundles/node-N"):
+    with pytest.raises(ConfigError, match=r"copy bundles/node-N") as refused:
         Bundle.read(tmp_path / "copy")
+    assert "Errno" not in str(refused.value)
 
 
 def test_disk_and_memory(made: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
