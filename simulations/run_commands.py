@@ -113,6 +113,38 @@ def simulate(
     _conclude([run.folder for run in planned], as_json)
 
 
+@app.command("plan", rich_help_panel=PANEL)
+def plan_ahead(
+    source: Source = None,
+    overrides: Override = None,
+    plugin: Plugin = None,
+    model: Annotated[str | None, typer.Option(help="model.name, in short.")] = None,
+    task: Annotated[str | None, typer.Option(help="model.task, in short.")] = None,
+    memory: Annotated[str | None, typer.Option(help="What a device's process may take, e.g. 1GiB.")] = None,
+    uplink: Annotated[
+        str | None, typer.Option(help="What a device sends and receives, e.g. 1Mbit/s.", metavar="BITS/s")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="As simulation.profile, e.g. raspberry-pi: its slowest device; default this host."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what each way to train takes on a device, what fits, and which one to take; reads no weights."""
+    from fedllm.presets import document
+    from simulations import plan_table
+    from strategies.registry import resolve_run
+    from strategies.starting_point import StartingPoint, usual_source
+
+    short = {"model.name": model, "model.task": task}
+    settings = [*(f"{key}={value}" for key, value in short.items() if value), *(overrides or [])]
+    start = source or ("own" if model else usual_source(settings))  # other presets name their model's modules
+    config = resolve_run(document(start, plugin), settings)
+    config = StartingPoint(console.print)(config)
+    limits = plan_table.limits(config, memory, uplink, profile)
+    plan_table.show(config, limits, as_json)
+
+
 @app.command(rich_help_panel=PANEL)
 def resume(
     run_dir: RunDir,

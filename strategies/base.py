@@ -7,10 +7,13 @@ arrive, in any order; ``step`` turns what was folded into the next global tensor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
+from torch import nn
 
 from fedllm.config import MethodOptions, RunConfig
 from fedllm.data.tokens import Batch, Tokens
@@ -224,6 +227,10 @@ class Method(ABC):
         """
         with undone(model):
             return require_gradients(model.trainable(), lambda: model.loss(batch))
+
+    def objective(self, model: Model) -> tuple[Callable[[Batch], torch.Tensor], tuple[nn.Module, ...]]:
+        """Client: what a local step goes down, and the modules it needs beside the model; for who counts."""
+        return model.loss, ()
 
     def evaluate(self, work: Work) -> Answer:
         """Client: score the global tensors on its own held-out texts; see :meth:`Task.told`."""

@@ -27,7 +27,7 @@ from fedllm.host.accelerator import converts_bfloat16
 from fedllm.models.quantisation import keep_layout, quantization
 from fedllm.models.soundness import account, check_length, check_vocabulary, one_line, positions, try_out
 
-__all__ = ["Base", "open_base", "open_tokenizer", "quiet"]
+__all__ = ["Base", "open_base", "open_shapes", "open_tokenizer", "quiet"]
 
 _UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls classes that nobody named."""
@@ -113,19 +113,14 @@ def open_base(
         model, report = kind.from_pretrained(
             source,
             config=settings,
-            dtype=torch.float32 if config.tuning.peft == "full" else getattr(torch, config.model.dtype),
+            dtype=_precision(config),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **quantization(config, device),
         )
     keep_layout(model)
+    _fit(model, config)
     base = Base(model, positions(model), notes=notes)
-    if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
-        # The pooler feeds only the heads of pre-training; here it would be dead weight, sent every round.
-        model.pooler = None
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = config.model.dropout
     fresh = account(model, report, config, pooling)
     if pooling == "own":
         base.heads = _heads(model, fresh)
@@ -144,6 +139,44 @@ def open_base(
     check_length(base.positions, config)
     try_out(model, tokenizer, config, pooling)
     return base
+
+
+def open_shapes(source: str, config: RunConfig, labels: Sequence[str], pooling: str) -> Base:
+    """Return the model that :func:`open_base` would load, made from its configuration; no weights are read.
+
+    Call it under ``torch.device("meta")``: it then takes no memory, and knows shapes alone.
+
+    Raises:
+        ModelError: there is no such model, it does not fit the task, or is to be quantised.
+    """
+    if config.model.quantize != "none":
+        raise ModelError(
+            f'model.quantize = "{config.model.quantize}" packs weights as they are read, which shapes alone '
+            'do not show; take "none"'
+        )
+    with _explained(config):
+        kind, settings = _settings(source, config, pooling)
+        if pooling == "own":
+            settings.num_labels = len(labels)
+        model = kind.from_config(settings, dtype=_precision(config))
+    _fit(model, config)
+    return Base(model, positions(model), _heads(model, ()) if pooling == "own" else [])
+
+
+def _precision(config: RunConfig) -> torch.dtype:
+    """Return what weights are kept in as they are read; what is trained becomes float32 later."""
+    found: torch.dtype = getattr(torch, "float32" if config.tuning.peft == "full" else config.model.dtype)
+    return found
+
+
+def _fit(model: Any, config: RunConfig) -> None:
+    """Leave out what only pre-training needs, and set dropout."""
+    if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
+        # The pooler feeds only the heads of pre-training; here it would be dead weight, sent every round.
+        model.pooler = None
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.model.dropout
 
 
 def _settings(source: str, config: RunConfig, pooling: str) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import DataError, ModelError
 from fedllm.host.accelerator import chosen_device
 from fedllm.host.allocator import give_back_large_blocks
-from fedllm.models.loading import Base, open_base, open_tokenizer, quiet
+from fedllm.models.loading import Base, open_base, open_shapes, open_tokenizer, quiet
 from fedllm.models.network import PEFT, Network, Output
 from fedllm.models.soundness import require_both_ways
 from fedllm.models.vocabulary import Ending, ending_of, loss_in_parts, rows_at_once
@@ -139,6 +139,8 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
     The trained tensors are a function of ``config.model``, ``config.tuning`` and ``config.seed`` only, and
     the process's own random state is left as it was. The module comes in training mode.
 
+    Under ``torch.device("meta")`` no weights are read: the model has shapes alone, which show what it takes.
+
     Args:
         config: the run.
         labels: class names in the order of the label numbers; none where the task has no classes.
@@ -152,7 +154,7 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
             'it has to be "float32" or "bfloat16"'
         )
     device = chosen_device()
-    if config.training.memory == "lean":
+    if config.training.memory == "lean" and torch.get_default_device().type != "meta":
         give_back_large_blocks()
     task = tasks.of(config)
     if task.classed and len(labels) < 2:
@@ -163,13 +165,17 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
         source = model_source(config.model.name)
         torch.manual_seed(derive(config.seed, "model") % 2**63)
         tokenizer = open_tokenizer(source, config)
-        base = open_base(source, config, task.classes(labels), task.pooling, tokenizer, device)
-        if task.both_ways:
+        shapes = torch.get_default_device().type == "meta"
+        if shapes:
+            base = open_shapes(source, config, task.classes(labels), task.pooling)
+        else:
+            base = open_base(source, config, task.classes(labels), task.pooling, tokenizer, device)
+        if task.both_ways and not shapes:
             require_both_ways(base.model, config)
         # Before an adapter may wrap the table.
         vocabulary = base.model.get_input_embeddings().num_embeddings
         module = _network(base, config, task, task.outputs(labels))
-    if config.model.quantize == "none":  # bitsandbytes has placed its matrices already
+    if config.model.quantize == "none" and not shapes:  # bitsandbytes has placed its matrices already
         module.to(device)
     return Model(
         module.train(),

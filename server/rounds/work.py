@@ -26,7 +26,7 @@ from strategies.base import Method
 from strategies.registry import method_options
 from strategies.session import Session
 
-__all__ = ["Work", "clock_of", "entries", "least_memory", "multiplied", "require_memory"]
+__all__ = ["Work", "clock_of", "entries", "least_memory", "multiplied", "per_token", "require_memory"]
 
 
 class Work:
@@ -37,14 +37,11 @@ class Work:
     """
 
     def __init__(self, session: Session) -> None:
-        model, self._session = session.model, session
-        weights = multiplied(model.module)
-        trained = sum(p.numel() for p in model.trainable().values() if p.dim() > 1) / max(weights, 1)
-        whole = weights + _elsewhere(session)
-        self.forward = 2.0 * whole
-        self.backward = 2.0 * whole * (1.0 + min(trained, 1.0))
-        if model.config.training.gradient_checkpointing:
-            self.backward += self.forward
+        self._session = session
+        model = session.model
+        self.forward, self.backward = per_token(
+            model.module, elsewhere=_elsewhere(session), recomputes=model.config.training.recomputes
+        )
         self._tokens = lru_cache(maxsize=None)(self._count)
 
     def flops(self, node: int, kind: str, reply: Reply) -> float:
@@ -67,6 +64,25 @@ class Work:
         """Return a client's rows, and the tokens in them and in those that it holds out."""
         train, test = self._session.client_tokens(node)
         return len(train), _tokens(train), _tokens(test)
+
+
+def per_token(module: nn.Module, *, elsewhere: int = 0, recomputes: bool = False) -> tuple[float, float]:
+    """Return the operations that a token costs in a forward and in a backward pass.
+
+    Args:
+        module: shapes are enough.
+        elsewhere: parameters of a model beside it, as far as that one is larger.
+        recomputes: the backward pass computes layers again.
+
+    >>> per_token(nn.Linear(4, 3)), per_token(nn.Linear(4, 3), recomputes=True)
+    ((24.0, 48.0), (24.0, 72.0))
+    """
+    weights = multiplied(module)
+    matrices = (p for p in module.parameters() if p.requires_grad and p.dim() > 1)
+    trained = sum(p.numel() for p in matrices) / max(weights, 1)
+    forward = 2.0 * (weights + elsewhere)
+    backward = forward * (1.0 + min(trained, 1.0))
+    return forward, backward + (forward if recomputes else 0.0)
 
 
 def _tokens(tokens: Tokens) -> int:

@@ -13,7 +13,7 @@ paper's dynamic gradient approximation). The server evaluates the student; clien
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,6 +148,14 @@ class FedKD(Averaging):
                     "they are by their places, so the student could not be saved; name others, first layer 0"
                 ) from error
 
+    def objective(self, model: Model) -> tuple[Callable[[Batch], torch.Tensor], tuple[nn.Module, ...]]:
+        """Client: both models' losses, with all terms; beside the student there are teacher and Wh."""
+        if not self.options.teacher:
+            return super().objective(model)
+        tutor = self._pair(model)
+        objective = _Objective(self.config, self.options, model, tutor, progress=1.0)
+        return objective, (tutor.model.module, tutor.projections)
+
     def run(self, work: Work) -> Answer:
         """Client: train the student, and the teacher beside it."""
         return self._fit(work, self._summon(work) if self.options.teacher else None)
@@ -196,6 +204,12 @@ class FedKD(Averaging):
         return self._tutor
 
     def _prepare(self, student: Model) -> Tutor:
+        tutor = self._pair(student)
+        tutor.first = _values(tutor)
+        return tutor
+
+    def _pair(self, student: Model) -> Tutor:
+        """Make a teacher and Wh for a student; what a client starts from is left out."""
         teacher = models.load(self.config, student.labels)
         if self.options.embeddings == "frozen":
             freeze_embeddings(teacher)
@@ -206,9 +220,7 @@ class FedKD(Averaging):
             # A narrowed student lives in these coordinates; the identity would compare unlike with unlike.
             for weight in projections.weights:
                 weight.data.copy_(principal_directions(teacher, width(student)))
-        tutor = Tutor(teacher, projections, {})
-        tutor.first = _values(tutor)
-        return tutor
+        return Tutor(teacher, projections, {})
 
     def _optimizer(self, tutor: Tutor, work: Work) -> torch.optim.Optimizer:
         training = self.config.training

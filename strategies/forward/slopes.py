@@ -36,6 +36,7 @@ __all__ = [
     "Slopes",
     "antithetic",
     "batch_loss",
+    "derivatives",
     "expected_cosine",
     "jvp",
     "passes",
@@ -161,6 +162,17 @@ def jvp(
     Returns:
         Slopes, shape (P,).
     """
+    found = [
+        derivatives(loss, tensors, directions[start : start + parallel], kind)
+        for start in range(0, len(directions), parallel)
+    ]
+    return torch.cat(found).cpu().numpy() if found else np.empty(0, dtype=np.float32)
+
+
+def derivatives(
+    loss: Loss, tensors: Tensors, directions: Sequence[Direction], kind: Kind = "rademacher"
+) -> torch.Tensor:
+    """Return the slopes of a batch of directions, shape (n,), all of them at a time; see :func:`jvp`."""
     _prepare_forward_mode()
     names = sorted(tensors)
     values = {name: tensors[name].detach() for name in names}
@@ -170,20 +182,17 @@ def jvp(
         slope: torch.Tensor = torch.func.jvp(lambda w: loss(w).float(), (values,), (tangent,))[1]
         return slope
 
-    found: list[torch.Tensor] = []
+    rows = np.stack([flat(v, sum(sizes), kind) for v in directions])
+    parts = torch.split(torch.from_numpy(rows), sizes, dim=1)
+    tangents = {
+        name: part.reshape(len(rows), *values[name].shape).to(values[name])
+        for name, part in zip(names, parts, strict=True)
+    }
     with torch.no_grad():
-        for start in range(0, len(directions), parallel):
-            rows = np.stack([flat(v, sum(sizes), kind) for v in directions[start : start + parallel]])
-            parts = torch.split(torch.from_numpy(rows), sizes, dim=1)
-            tangents = {
-                name: part.reshape(len(rows), *values[name].shape).to(values[name])
-                for name, part in zip(names, parts, strict=True)
-            }
-            if len(rows) == 1:
-                found.append(along({name: tangent[0] for name, tangent in tangents.items()}).reshape(1))
-            else:
-                found.append(torch.func.vmap(along)(tangents))
-    return torch.cat(found).cpu().numpy() if found else np.empty(0, dtype=np.float32)
+        if len(rows) == 1:
+            return along({name: tangent[0] for name, tangent in tangents.items()}).reshape(1)
+        several: torch.Tensor = torch.func.vmap(along)(tangents)
+        return several
 
 
 def slopes(

@@ -28,6 +28,7 @@ from fedllm import tasks
 from fedllm.config import RunConfig
 from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import ConfigError, RunFailed, WireError
+from fedllm.host.allocator import give_back_large_blocks
 from fedllm.models import model as models
 from fedllm.models.evaluation import evaluate
 from fedllm.models.model import Model
@@ -102,6 +103,7 @@ class FwdLLM(Method):
 
     def build(self, labels: tuple[str, ...]) -> Model:
         """Load the base model with its adapter, and say what a round can be expected to achieve."""
+        give_back_large_blocks()
         model = models.load(self.config, labels)
         announce(model, self.options.directions * self.config.cohort, "fwdllm.directions")
         stack = stack_of(model.module)

@@ -21,6 +21,7 @@ import torch
 from fedllm.config import RunConfig
 from fedllm.data.tokens import Batch
 from fedllm.errors import ConfigError, WireError
+from fedllm.host.allocator import give_back_large_blocks
 from fedllm.models import model as models
 from fedllm.models.model import Model
 from fedllm.models.training import learning_rate, minibatches
@@ -70,6 +71,7 @@ class MeZO(Method):
 
     def build(self, labels: tuple[str, ...]) -> Model:
         """Load the base model with its adapter, and say what a round can be expected to achieve."""
+        give_back_large_blocks()
         model = models.load(self.config, labels)
         announce(model, self.config.cohort * self.config.training.local_steps, "training.local_steps")
         return model
