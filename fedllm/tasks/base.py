@@ -60,6 +60,7 @@ class Task(ABC):
         plain: whether a text alone makes an example to be answered.
         both_ways: whether its tokens must see those behind them.
         lists: whether ``data.by`` may say which rows are one example.
+        one_text: whether it may read the column ``data.text``.
         wanting: what an example that teaches nothing lacks, as the end of "no text ...".
     """
 
@@ -76,6 +77,7 @@ class Task(ABC):
     generated: ClassVar[tuple[str, ...]] = ()
     both_ways: ClassVar[bool] = False
     lists: ClassVar[bool] = False
+    one_text: ClassVar[bool] = True
     wanting: ClassVar[str] = "has anything to predict"
 
     def __init__(self, config: RunConfig) -> None:
@@ -137,6 +139,9 @@ class Task(ABC):
             found["model.pooling"] = "tasks that predict something of a whole text"
         if self.config.data.partition != "natural" and not self.lists:
             found["data.by"] = 'data.partition = "natural" or model.task = "ranking"'
+        if not self.one_text:
+            roles = ", ".join(f"data.columns.{role}" for role in self.roles)
+            found["data.text"] = f"tasks on one text, and this one's columns are named by {roles}"
         return found
 
     @property

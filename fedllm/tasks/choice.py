@@ -50,6 +50,7 @@ class Choice(Task):
     name: ClassVar[str] = "choice"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     pipeline: ClassVar[str] = "multiple-choice"
+    one_text: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ("prompt", "choices", "answer")
     plain: ClassVar[bool] = False
 

@@ -65,6 +65,7 @@ class Instruct(Causal):
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match", "rouge_l")
     generated: ClassVar[tuple[str, ...]] = ("exact_match", "rouge_l")
     wanting: ClassVar[str] = "has an answer to learn"
+    one_text: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = (
         "messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output",
         "system",

@@ -58,6 +58,7 @@ class Preference(Causal):
     metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin")
     wanting: ClassVar[str] = "has two answers to choose from"
     prepares: ClassVar[bool] = True
+    one_text: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected", "system")
 
     def read(self, row: Row, config: DataConfig, *, answered: bool = True) -> Example | None:

@@ -31,6 +31,7 @@ class Seq2Seq(PerToken):
     generated: ClassVar[tuple[str, ...]] = ("rouge_l", "bleu")
     pipeline: ClassVar[str] = "text2text-generation"
     chatty: ClassVar[bool] = True
+    one_text: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ("source", "target")
 
     @property

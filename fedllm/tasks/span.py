@@ -109,6 +109,7 @@ class Span(Task):
     name: ClassVar[str] = "span"
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
     pipeline: ClassVar[str] = "question-answering"
+    one_text: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
     plain: ClassVar[bool] = False
     both_ways: ClassVar[bool] = True

@@ -97,6 +97,13 @@ def test_what_means_nothing_beside_the_rest_is_refused_where_it_is_asked_for(
         resolve_run({"method": method}, overrides)
 
 
+def test_a_column_that_a_task_does_not_read_is_not_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"columns are named by data\.columns\.source, data\.columns\.target"
+    ):
+        resolve_run({"model": {"task": "seq2seq"}}, ["data.text=body"])
+
+
 def test_a_file_may_hold_what_means_nothing_beside_an_override() -> None:
     """Who changes a preset's partition need not take out its alpha."""
     changed = {"data": {"partition": "dirichlet", "alpha": 0.1}, "training": {"local_steps": 4}}
