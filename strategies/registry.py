@@ -158,8 +158,8 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
 
 
 def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
-    """Refuse an override of [tuning] that the run does not follow."""
-    given = [one for one in map(read_override, overrides) if one[1][0] == "tuning"]
+    """Refuse an override of what is tuned, or of the frozen rest, that the run does not follow."""
+    given = [one for one in map(read_override, overrides) if one[1][0] in ("tuning", "model")]
     if not given:
         return
     from fedllm.models.adapters import unread
@@ -172,6 +172,8 @@ def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
                 "it out"
             )
     lacking = dict.fromkeys(unread(peft), f'other kinds of tuning.peft than "{peft}"')
+    if config.model.dtype == "bfloat16" and (peft == "full" or "tuning.rank" in options.unread):
+        lacking["model.dtype"] = "what is frozen, and here all is trained, in float32"
     require_effect(config, options, lacking, given)
 
 

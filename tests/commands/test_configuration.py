@@ -66,6 +66,7 @@ def test_what_would_have_no_effect_is_refused(override: str, sentence: str) -> N
             ["tuning.rank=2"],
             "tuning.rank is for other methods, and this run",
         ),
+        ("fedavg", ["model.dtype=bfloat16"], "model.dtype is for what is frozen, and here all is trained"),
         ("fedavg", ["tuning.peft=lora"], 'method = "fedavg" tunes the whole model; use method = "lora"'),
         (
             "lora",
