@@ -27,6 +27,7 @@ class Options(MethodOptions):
         "training.optimizer",
         "training.learning_rate",
         "training.schedule",
+        "model.dropout",
     )
     needs = MappingProxyType(
         {

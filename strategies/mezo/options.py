@@ -14,7 +14,7 @@ class Options(MethodOptions):
 
     method = "mezo"
     implementation = "strategies.mezo.method:MeZO"
-    unread = ("training.optimizer",)
+    unread = ("training.optimizer", "model.dropout")
 
     candidates: int = Field(0, ge=0, le=65_536)
     """Directions that all clients share (FedKSeed takes 1,024 to 4,096); 0 draws fresh ones (MeZO)."""

@@ -75,6 +75,7 @@ def test_what_would_have_no_effect_is_refused(override: str, sentence: str) -> N
         ),
         ("lora", ["tuning={alpha=2.0, peft='bitfit'}"], 'is for other kinds of tuning.peft than "bitfit"'),
         ("mezo", ["training.optimizer=sgd"], "training.optimizer is for other methods"),
+        ("mezo", ["model.dropout=0.1"], "model.dropout is for other methods"),
         ("fwdllm", ["training.local_steps=2"], "training.local_steps is for other methods"),
         ("fwdllm", ["training.proximal=0.1"], "is for steps down a gradient, and fwdllm takes none"),
         ("mezo", ["training.max_grad_norm=1"], "is for steps down a gradient, and mezo takes none"),
