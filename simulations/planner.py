@@ -37,7 +37,7 @@ from strategies.registry import method_options, open_codecs, open_method, resolv
 
 __all__ = ["SPREAD", "WAYS", "Estimate", "Limits", "Plan", "estimate", "matmul_rate", "plan"]
 
-BESIDE = {True: 45_000_000, False: 6_000_000}
+BESIDE = {True: 40_000_000, False: 6_000_000}
 """Bytes that a step takes beside its tensors, with a backward pass and without, as measured (docs/memory.md):
 what the allocator cannot give back, buffers of products, code that is fetched as it first runs."""
 HEADERS = 400
