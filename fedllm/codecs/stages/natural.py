@@ -55,7 +55,7 @@ class Natural(BlockQuantizer):
         largest = torch.abs(x, out=scratch).amax(dim=1)
         y = scratch.mul_(inverse(largest)[:, None])
         mantissa, exponent = torch.frexp(y)
-        small = exponent < 2 - s
+        small = y < 2.0 ** (1 - s)
         power = torch.where(small, 0, exponent + s - 1)
         share = torch.where(small, y * 2 ** (s - 1), 2 * mantissa - 1)
         power += torch.from_numpy(dither(random, tuple(x.shape))) < share
