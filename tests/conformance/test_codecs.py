@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import re
 from dataclasses import dataclass
 
 import pytest
@@ -51,6 +50,7 @@ ROWS = [
     Row("sign", 1 + 32 / 4096, 0.3653),
     Row("nf4", 4.5, 0.0086),
     Row("natural(bits=3)", 3 + 32 / 4096, 0.18),
+    Row("natural(bits=4)", 4 + 32 / 4096, 0.085),
     Row("rotate | sign", 1 + 32 / 4096, 0.573),
     Row("rotate | quantize(bits=1)", 1 + 32 / 4096, 0.573),
     Row("rotate | quantize(bits=1.5)", 1.5 + 32 / 4096, 0.36),
@@ -144,12 +144,9 @@ def round_trip(codec: FramedCodec, tensors: Tensors, context: CodecContext = CON
 
 def seeds_for(codec: FramedCodec, most: int) -> range:
     """One seed for a codec that draws nothing, since every other gives the same bytes."""
-    if re.search("rotate|random_k|power|stochastic=true", str(codec)):
-        return range(most)
-    few = {"a": normal(20, 2) @ normal(2, 30)}
+    few = {"a": normal(20, 30)}
     one, other = (codec.encode(few, {}, CodecContext(seed=seed))[0] for seed in (0, 1))
-    assert one == other
-    return range(1)
+    return range(1 if one == other else most)
 
 
 def squared(tensors: Tensors) -> float:
