@@ -57,7 +57,8 @@ def keeps(config: ServerConfig) -> bool:
 class BoundedSum(WeightedSum):
     """A weighted sum of updates, each of which is scaled down to a length first.
 
-    >>> total = BoundedSum({"w": spec_of({"w": torch.zeros(2)})["w"]}, 1.0)
+    >>> from fedllm.tensors import spec_of
+    >>> total = BoundedSum(spec_of({"w": torch.zeros(2)}), 1.0)
     >>> total.add({"w": torch.tensor([3.0, 4.0])}, weight=1)
     >>> [round(value, 4) for value in total.mean()["w"].tolist()]
     [0.6, 0.8]

@@ -162,7 +162,7 @@ def leaf(node: int, digest: str) -> str:
     """Return what a link holds of a client's reply.
 
     >>> leaf(3, "ab")[:16]
-    '1077dea37b9f2e2b'
+    'c9ef05b0e05833a4'
     """
     return hashlib.sha256(f"{node} {digest}".encode()).hexdigest()
 
