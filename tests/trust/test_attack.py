@@ -18,6 +18,7 @@ from fedllm.protocol import wire
 from fedllm.protocol.wire import Instruction
 from fedllm.runs.reader import Run
 from fedllm.tensors import Tensors, norm_of
+from simulations.bench.attacks import compare
 from strategies.attack import attackers, bent, poisoned
 from strategies.session import Session
 from tests.rounds.federation import configuration, run
@@ -117,3 +118,15 @@ def test_a_backdoor_gets_in_and_its_success_is_measured_each_round(
     assert max(success[1:]) > 0.9
     run(configuration(tiny_encoder, tiny_texts, **sections), tmp_path / "honest")
     assert "backdoor_success" not in Run(tmp_path / "honest").rounds()[-1].metrics
+
+
+@pytest.mark.slow
+def test_the_benchmark_sets_attacks_against_averages(tiny_encoder: Path, tiny_texts: Path) -> None:
+    training = {"local_steps": 4, "batch_size": 8, "learning_rate": 5e-2}
+    session = Session(
+        configuration(tiny_encoder, tiny_texts, clients=10, rounds=3, training=training, server={})
+    )
+    found = compare(session, ["none", "sign_flip", "backdoor"], ["none", "median"])
+    assert found["none"]["none"]["accuracy"] > found["sign_flip"]["none"]["accuracy"]
+    assert found["none"]["median"] != found["none"]["none"]
+    assert {name for name, cells in found.items() if "backdoor_success" in cells["none"]} == {"backdoor"}
