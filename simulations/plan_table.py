@@ -7,10 +7,12 @@ import re
 
 import psutil
 import torch
+from pydantic import ValidationError
 from rich.table import Table
 
 from client.device.participation import parse_bytes
 from fedllm.config import RunConfig
+from fedllm.config.mistakes import explain
 from fedllm.devices import SimulationConfig, assigned
 from fedllm.errors import ConfigError
 from fedllm.terminal.console import console, print_json, results
@@ -48,8 +50,8 @@ def limits(config: RunConfig, memory: str | None, uplink: str | None, profile: s
         return Limits(room, (link, link) if link else None, lambda flops: flops / rate, resident)
     try:
         clients = assigned(SimulationConfig(profile=profile), 100, config.seed)
-    except ValueError as error:
-        raise ConfigError(f"--profile {profile!r}: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(explain(error, SimulationConfig, prefix=("simulation",))) from error
     device = max((one.device for one in clients), key=lambda one: one.computes(1.0))
     own = (1e6 * device.up_mbps, 1e6 * device.down_mbps)
     return Limits(room or 1e9 * device.memory_gb, (link, link) if link else own, device.computes, resident)

@@ -109,6 +109,9 @@ def test_a_profile_is_its_slowest_device(tiny_encoder: Path) -> None:
     assert device.link == (20e6, 100e6)
     given = limits(of(tiny_encoder), "1GiB", "2Mbit/s", "raspberry-pi")
     assert (given.memory, given.link) == (2**30, (2e6, 2e6))
+    with pytest.raises(ConfigError, match=r"'moon', which is neither a profile nor a device") as refused:
+        limits(of(tiny_encoder), None, None, "moon")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("rate", ["fast", "0Mbit/s", "1MB/s"])
