@@ -140,7 +140,7 @@ def plan(config: RunConfig, limits: Limits, tell: Callable[[str], None] = lambda
         FedllmError: the model cannot be found or read.
     """
     _require_known(config)
-    model_source(config.model.name)  # a GGUF file is converted once, and cannot be without weights
+    model_source(config.model.name)  # a model that is not there is no way's refusal
     found = []
     for way in WAYS:
         tell(way)
@@ -207,6 +207,7 @@ def estimate(way: str, config: RunConfig, limits: Limits) -> Estimate:
     """
     method, labels = open_method(config), config.data.classes or ("0", "1")
     exact = method_options(config.method).descends
+    model_source(config.model.name)  # a GGUF file is converted once, and cannot be without weights
     with without_weights():
         model = method.build(tuple(labels) if tasks.of(config).classed else ())
         objective, beside = method.objective(model)
