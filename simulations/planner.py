@@ -22,7 +22,7 @@ from fedllm.config import RunConfig
 from fedllm.data.bundled import model_source
 from fedllm.data.tokens import Batch
 from fedllm.errors import ConfigError, FedllmError
-from fedllm.models.loading import quiet
+from fedllm.models.loading import open_tokenizer, quiet
 from fedllm.models.model import Model
 from fedllm.tasks.base import PerToken
 from fedllm.tensors import Spec, dense_bytes
@@ -140,7 +140,8 @@ def plan(config: RunConfig, limits: Limits, tell: Callable[[str], None] = lambda
         FedllmError: the model cannot be found or read.
     """
     _require_known(config)
-    model_source(config.model.name)  # a model that is not there is no way's refusal
+    with quiet():  # a model that is not there is no way's refusal
+        open_tokenizer(model_source(config.model.name), config)
     found = []
     for way in WAYS:
         tell(way)

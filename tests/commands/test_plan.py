@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedllm.config import RunConfig
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, ModelError
 from fedllm.models import model as models
 from fedllm.tensors import dense_bytes
 from simulations import planner
@@ -118,6 +118,11 @@ def test_a_profile_is_its_slowest_device(tiny_encoder: Path) -> None:
 def test_a_rate_is_in_bits(rate: str) -> None:
     with pytest.raises(ConfigError, match="is no rate; write 1Mbit/s"):
         bits_per_second(rate)
+
+
+def test_a_model_that_is_not_there_is_no_refusal_of_a_way() -> None:
+    with pytest.raises(ModelError, match=r"model\.name = 'nothere'"):
+        plan(of(Path("nothere")), ANYWHERE)
 
 
 def test_tasks_with_other_batches_are_refused(tiny_encoder: Path) -> None:
