@@ -12,6 +12,7 @@ from fedllm.runs.reader import Run
 from simulations.engines.flower import simulate as on_flower
 from simulations.engines.loopback import simulate as in_process
 from strategies.registry import load_method, method_names
+from tests.conformance.test_methods import METHODS
 from tests.rounds.federation import configuration
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -19,10 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 RULES = ("fed-sb",)
 """Rules of LoRA that hold exchanges of their own."""
-NEEDS: dict[str, dict[str, Any]] = {
-    "scaffold": {"training": {"optimizer": "sgd", "local_steps": 2, "batch_size": 8, "learning_rate": 5e-2}},
-}
-"""What a method must be told before it runs at all."""
+NEEDS = {row["method"]: {"training": row["training"]} for row in METHODS.values() if "training" in row}
+"""What a method must be told before it runs at all: of the table of methods."""
 
 
 @pytest.fixture(params=[*method_names(), *RULES])
