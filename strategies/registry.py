@@ -162,7 +162,10 @@ def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
     given = [one for one in map(read_override, overrides) if one[1][0] in ("tuning", "model")]
     if not given:
         return
-    from fedllm.models.adapters import unread
+    from fedllm.models.loading import quiet
+
+    with quiet():  # peft brings libraries that give hints when they are imported
+        from fedllm.models.adapters import unread
 
     options, peft = method_options(config.method), config.tuning.peft
     for said, path, value in given:
