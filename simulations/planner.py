@@ -61,10 +61,10 @@ SPREAD: dict[str, float | None] = {
     "full": None,
     "lora": 0.1,
     "lora, checkpoint": 0.4,
-    "lora, lean": 0.1,
+    "lora, lean": 0.15,
     "fwdllm, jvp": None,
-    "fwdllm, antithetic": 0.1,
-    "mezo": 0.1,
+    "fwdllm, antithetic": 0.25,
+    "mezo": 0.25,
     "fedkd": None,
 }
 """How far a step's memory was off where it was measured (docs/memory.md); None where it was not."""
