@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fedllm.config import RunConfig, as_name, parse_override
 from fedllm.errors import ConfigError
-from fedllm.runs.identity import difference
+from fedllm.runs.provenance.identity import difference
 from strategies.registry import resolve_run
 
 __all__ = [

@@ -100,7 +100,7 @@ class Given:
         if not self.files and self.model is None:
             yield config
             return
-        from fedllm.models import given as base
+        from fedllm.models.base import given as base
 
         if self.files:
             train = [row for name, rows in self.files.items() if name != _TEST for row in rows]

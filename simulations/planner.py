@@ -1,7 +1,7 @@
 """Before a run: what each way to train takes on a device, what fits, and which one to take.
 
 Memory is counted, not measured (:mod:`simulations.shapes`), operations as simulated devices count them
-(:mod:`server.rounds.work`), bytes by the method's own account of what it sends.
+(:mod:`server.rounds.timing.work`), bytes by the method's own account of what it sends.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fedllm.config import RunConfig
 from fedllm.data.bundled import model_source
 from fedllm.data.tokens import Batch
 from fedllm.errors import ConfigError, FedllmError
-from fedllm.models.loading import open_tokenizer, quiet
+from fedllm.models.base.loading import open_tokenizer, quiet
 from fedllm.models.model import Model
 from fedllm.tasks.base import PerToken
 from fedllm.tensors import Spec, dense_bytes
 from fedllm.wording import human_bytes
-from server.rounds.work import per_token
+from server.rounds.timing.work import per_token
 from simulations.shapes import peak_bytes, without_weights
 from strategies.base import Exchange, Method
 from strategies.forward.cohort import Cohort, pack_cohort

@@ -161,7 +161,7 @@ def go_on(
     Raises:
         FedllmError: it cannot go on from here, or what ended it.
     """
-    from fedllm.runs.identity import require_unedited
+    from fedllm.runs.provenance.identity import require_unedited
     from fedllm.runs.reader import Run
 
     stored = Run(folder)

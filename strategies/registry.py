@@ -162,7 +162,7 @@ def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
     given = [one for one in map(read_override, overrides) if one[1][0] in ("tuning", "model")]
     if not given:
         return
-    from fedllm.models.loading import quiet
+    from fedllm.models.base.loading import quiet
 
     with quiet():  # peft brings libraries that give hints when they are imported
         from fedllm.models.adapters import unread

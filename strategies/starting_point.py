@@ -172,7 +172,7 @@ class _Seen(NamedTuple):
 
 
 def _look(config: RunConfig) -> _Seen:
-    from fedllm.models.outline import outline
+    from fedllm.models.base.outline import outline
 
     with _silent():
         task = tasks.of(config)

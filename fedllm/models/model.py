@@ -18,9 +18,9 @@ from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import DataError, ModelError
 from fedllm.host.accelerator import chosen_device
 from fedllm.host.allocator import give_back_large_blocks
-from fedllm.models.loading import Base, open_base, open_shapes, open_tokenizer, quiet
+from fedllm.models.base.loading import Base, open_base, open_shapes, open_tokenizer, quiet
+from fedllm.models.base.soundness import require_both_ways
 from fedllm.models.network import PEFT, Network, Output
-from fedllm.models.soundness import require_both_ways
 from fedllm.models.vocabulary import Ending, ending_of, loss_in_parts, rows_at_once
 from fedllm.randomness import derive
 from fedllm.tasks.base import PerToken, Task

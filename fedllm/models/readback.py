@@ -27,10 +27,10 @@ from fedllm.data.tokens import Batch
 from fedllm.errors import FedllmError, RunFailed
 from fedllm.models import extra_adapters
 from fedllm.models.anatomy import plain
-from fedllm.models.loading import quiet
+from fedllm.models.base.loading import quiet
+from fedllm.models.base.quantisation import keep_layout
 from fedllm.models.model import Model
 from fedllm.models.network import AUTO, Network
-from fedllm.models.quantisation import keep_layout
 from fedllm.wording import human_bytes
 
 __all__ = ["Unchecked", "difference", "read_back", "require_true", "scores", "tolerance"]

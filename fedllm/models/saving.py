@@ -12,7 +12,7 @@ from torch import nn
 from fedllm.data.bundled import HUB
 from fedllm.models import extra_adapters
 from fedllm.models.anatomy import plain
-from fedllm.models.loading import quiet
+from fedllm.models.base.loading import quiet
 from fedllm.models.model import Model
 from fedllm.models.network import AUTO, Network
 

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 from fedllm.errors import StoreError
-from fedllm.runs import chain
 from fedllm.runs.database import NODE_LOGS, connect, insert, meta, transaction
 from fedllm.runs.durable import disk_errors, replace_file, to_json
 from fedllm.runs.ledger import NOBODY
 from fedllm.runs.lock import RunLock, holder
+from fedllm.runs.provenance import chain
 from fedllm.runs.reader import Run
 from fedllm.runs.records import CHECKING, Event
 from fedllm.runs.writer import RunStore

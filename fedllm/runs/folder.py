@@ -9,8 +9,8 @@ from pathlib import Path
 from fedllm.errors import StoreError
 from fedllm.runs import database
 from fedllm.runs import lock as run_lock
-from fedllm.runs.chain import KEY
 from fedllm.runs.durable import replace_file, to_json
+from fedllm.runs.provenance.chain import KEY
 from fedllm.runs.records import FILE
 from fedllm.runs.summary import describe_partition
 

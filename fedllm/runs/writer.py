@@ -31,11 +31,11 @@ from fedllm.config import RunConfig
 from fedllm.errors import StoreError
 from fedllm.runs import database
 from fedllm.runs import folder as run_folder
-from fedllm.runs.chain import Chain, Signer
 from fedllm.runs.database import insert, select, transaction
 from fedllm.runs.durable import append_line, disk_errors, replace_file, to_json
 from fedllm.runs.ledger import Entry, Ledger
 from fedllm.runs.lock import RunLock
+from fedllm.runs.provenance.chain import Chain, Signer
 from fedllm.runs.records import FILE, Command, Event, NodeLog, NodeRound, RoundRecord
 from fedllm.runs.summary import Best, Status, bests, round_line, summarise, tries
 
@@ -182,7 +182,7 @@ class RunStore:
         return tuple(self._rounds)
 
     def sign(self, run: str, signer: Signer) -> None:
-        """Chain and sign what is committed from here on; see :mod:`fedllm.runs.chain`."""
+        """Chain and sign what is committed from here on; see :mod:`fedllm.runs.provenance.chain`."""
         self._chain = Chain(run, signer)
         with self._writing() as connection:
             self._chain.begin(connection, self._rounds[-1].round if self._rounds else -1)

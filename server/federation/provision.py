@@ -39,8 +39,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm.errors import ConfigError
 from fedllm.protocol.seals import seal
-from fedllm.runs.chain import Signer, own_signer
 from fedllm.runs.durable import disk_errors, replace_file, write_private
+from fedllm.runs.provenance.chain import Signer, own_signer
 
 __all__ = [
     "Federation",

@@ -20,7 +20,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, RunFailed
 from fedllm.runs.amending import settle
 from fedllm.runs.durable import replace_file, to_json
-from fedllm.runs.identity import require_unedited
+from fedllm.runs.provenance.identity import require_unedited
 from fedllm.runs.reader import Run as StoredRun
 from fedllm.runs.records import FILE
 from server.federation.control import Control, Run, build_bundle

@@ -14,9 +14,9 @@ from fedllm.errors import RunFailed, WireError
 from fedllm.protocol import claims, wire
 from fedllm.protocol.wire import Instruction
 from fedllm.runs.writer import RunStore
-from server.rounds.conversation import LONGEST_PAUSE_S, Conversation
-from server.rounds.intake import refusal
-from server.rounds.messages import Messages
+from server.rounds.exchange.conversation import LONGEST_PAUSE_S, Conversation
+from server.rounds.exchange.intake import refusal
+from server.rounds.exchange.messages import Messages
 from server.rounds.orders import Orders
 from server.rounds.roster import Member, Roster
 from server.rounds.round_log import RoundLog

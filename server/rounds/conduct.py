@@ -20,11 +20,11 @@ from fedllm.errors import ConfigError, DataError, FedllmError, ModelError, RunFa
 from fedllm.measures import in_order
 from fedllm.models.readback import Unchecked, require_true
 from fedllm.runs import checkpoint
-from fedllm.runs.card import write_card
-from fedllm.runs.chain import Signer, own_signer, require_signer
 from fedllm.runs.checkpoint import Checkpoint
 from fedllm.runs.folder import BEST_RESULTS, RESULTS, write_partition
-from fedllm.runs.identity import provenance, require_same, require_unedited
+from fedllm.runs.provenance.card import write_card
+from fedllm.runs.provenance.chain import Signer, own_signer, require_signer
+from fedllm.runs.provenance.identity import provenance, require_same, require_unedited
 from fedllm.runs.reader import Run
 from fedllm.runs.records import CHECKING, FILE
 from fedllm.runs.summary import Status, ended_early
@@ -33,12 +33,12 @@ from fedllm.tasks.metrics import by_class
 from fedllm.tensors import Tensors, dense_bytes
 from fedllm.wording import human_bytes
 from server.rounds.admission import Proven
-from server.rounds.clock import Clock
 from server.rounds.earlier import Start, require_same_start, start_of
 from server.rounds.engine import Engine
 from server.rounds.rehearsal import few_texts, rehearse
 from server.rounds.state import ServerState
-from server.rounds.work import clock_of
+from server.rounds.timing.clock import Clock
+from server.rounds.timing.work import clock_of
 from strategies import robust
 from strategies.attack import backdoor_success, poisoned
 from strategies.session import Session, open_session

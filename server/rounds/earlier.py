@@ -17,7 +17,7 @@ from fedllm.errors import ConfigError, FedllmError, StoreError
 from fedllm.models.model import Model
 from fedllm.runs import checkpoint
 from fedllm.runs.checkpoint import Checkpoint
-from fedllm.runs.identity import difference
+from fedllm.runs.provenance.identity import difference
 from fedllm.runs.reader import Run
 from fedllm.tensors import Tensors, fingerprint, spec_of
 from server.rounds.state import ServerState

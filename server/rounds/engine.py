@@ -25,19 +25,20 @@ from fedllm.runs.summary import SIMULATED
 from fedllm.runs.writer import RunStore
 from fedllm.tasks.metrics import by_class, neglect
 from fedllm.tensors import Tensors, fingerprint
-from server.rounds import gates, optimizers, staleness
+from server.rounds import gates, optimizers
 from server.rounds.admission import Admission, Proven
-from server.rounds.bounds import Bounds
-from server.rounds.buffered import Buffered
-from server.rounds.clock import Clock, Timed
-from server.rounds.conversation import converse
-from server.rounds.intake import Intake
-from server.rounds.messages import LEAST_BOUND, Messages, OpenExchange
+from server.rounds.exchange import staleness
+from server.rounds.exchange.bounds import Bounds
+from server.rounds.exchange.conversation import converse
+from server.rounds.exchange.intake import Intake
+from server.rounds.exchange.messages import LEAST_BOUND, Messages, OpenExchange
+from server.rounds.exchange.told import averages, spreads
 from server.rounds.orders import Orders
 from server.rounds.roster import Roster, sample
 from server.rounds.round_log import RoundLog
 from server.rounds.state import ServerState
-from server.rounds.told import averages, spreads
+from server.rounds.timing.buffered import Buffered
+from server.rounds.timing.clock import Clock, Timed
 from strategies.base import Exchange, Method, State
 
 __all__ = ["Engine"]

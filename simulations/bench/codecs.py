@@ -25,7 +25,8 @@ from fedllm.codecs.stages.quantize import Quantize
 from fedllm.codecs.stages.rotate import Rotate
 from fedllm.extras import installed, require
 from fedllm.tensors import Tensors, spec_of
-from simulations.bench import codec_fuzz, coders, eden
+from simulations.bench import codec_fuzz, coders
+from simulations.bench.peer import eden
 
 __all__ = ["draw", "run"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from fedllm.config import Override, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.presets import Cost, document
-from fedllm.runs.identity import require_same, require_unedited
+from fedllm.runs.provenance.identity import require_same, require_unedited
 from fedllm.runs.reader import Run
 from fedllm.runs.records import FILE
 from fedllm.wording import suggest

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.runs.durable import disk_errors, replace_file, to_json
-from fedllm.runs.identity import provenance
+from fedllm.runs.provenance.identity import provenance
 from fedllm.runs.reader import Run
 from simulations.experiments import figures
 from simulations.experiments.cells import CellRun

@@ -22,7 +22,7 @@ from fedllm.models.model import Model
 from fedllm.models.readback import Unchecked, read_back, require_true
 from fedllm.models.saving import unbounded
 from fedllm.runs import checkpoint
-from fedllm.runs.card import write_card
+from fedllm.runs.provenance.card import write_card
 from fedllm.runs.reader import Run
 from fedllm.tensors import Tensors
 from simulations.results.options import Which

@@ -227,7 +227,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a run's chain of signed rounds, offline; ends with 1 at the first link that does not hold."""
-    from fedllm.runs.verify import sentences, verify
+    from fedllm.runs.provenance.verify import sentences, verify
 
     found = verify(run_dir, authority)
     counted = None if reply is None else found.counted(reply)

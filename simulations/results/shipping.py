@@ -20,13 +20,13 @@ from fedllm.data.tokens import Tokens
 from fedllm.errors import ConfigError, RunFailed
 from fedllm.extras import require
 from fedllm.models.anatomy import plain
+from fedllm.models.base.loading import quiet
 from fedllm.models.evaluation import evaluate
-from fedllm.models.loading import quiet
 from fedllm.models.model import Model
 from fedllm.models.network import Network, Output
 from fedllm.models.readback import difference, read_back, scores, tolerance
 from fedllm.models.saving import describe, save_merged, unbounded
-from fedllm.runs.card import write_card
+from fedllm.runs.provenance.card import write_card
 from fedllm.runs.reader import Run
 from fedllm.tasks.base import Pooling
 from simulations.results.options import Format, Which

@@ -15,8 +15,8 @@ from fedllm.data.bundled import model_source
 from fedllm.data.corpus import Corpus
 from fedllm.errors import ConfigError, DataError
 from fedllm.host.accelerator import chosen_device
+from fedllm.models.base.loading import open_base, open_tokenizer, quiet
 from fedllm.models.generation import GREEDY, Generator, Sampling, pieces
-from fedllm.models.loading import open_base, open_tokenizer, quiet
 from fedllm.models.model import Model
 from fedllm.models.network import Network
 from fedllm.runs.reader import Run

@@ -19,7 +19,7 @@ from fedllm.protocol import wire
 from fedllm.runs.reader import Run
 from fedllm.tasks.metrics import by_class, classified, means, neglect, spread
 from fedllm.terminal.live import Watcher
-from server.rounds.told import averages
+from server.rounds.exchange.told import averages
 from simulations.results import report
 from tests.rounds.federation import run
 

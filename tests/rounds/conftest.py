@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-from server.rounds import admission, buffered, conversation, engine
+from server.rounds import admission, engine
+from server.rounds.exchange import conversation
+from server.rounds.timing import buffered
 
 
 class LeapingClock:

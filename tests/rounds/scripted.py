@@ -19,9 +19,9 @@ from fedllm.runs import checkpoint
 from fedllm.runs.reader import Run
 from fedllm.runs.writer import RunStore
 from fedllm.tensors import Tensors
-from server.rounds.clock import Clock
 from server.rounds.engine import Engine
 from server.rounds.state import ServerState
+from server.rounds.timing.clock import Clock
 from simulations.engines.loopback import LoopbackGrid, loopback
 from strategies.averaging import Averaging, MeanAccumulator
 from strategies.base import Answer, Commit, Exchange, State, Work

@@ -17,8 +17,8 @@ import pytest
 from fedllm.config import RunConfig, ServerConfig
 from fedllm.errors import StoreError
 from fedllm.runs.folder import write_partition
-from fedllm.runs.identity import provenance
 from fedllm.runs.ledger import Entry
+from fedllm.runs.provenance.identity import provenance
 from fedllm.runs.reader import Run, find
 from fedllm.runs.records import NodeRound, RoundRecord
 from fedllm.runs.writer import RunStore

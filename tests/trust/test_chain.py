@@ -18,9 +18,9 @@ from fedllm.errors import StoreError
 from fedllm.protocol.wire import Instruction, Reply
 from fedllm.runs import checkpoint
 from fedllm.runs.amending import forget
-from fedllm.runs.chain import Signer, own_signer
+from fedllm.runs.provenance.chain import Signer, own_signer
+from fedllm.runs.provenance.verify import Broken, verify
 from fedllm.runs.reader import Run
-from fedllm.runs.verify import Broken, verify
 from fedllm.runs.writer import RunStore
 from server.federation.provision import provision, signer
 from server.rounds.state import ServerState

@@ -9,7 +9,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from server.rounds.conversation import converse
+from server.rounds.exchange.conversation import converse
 
 app = ServerApp()
 

@@ -1,4 +1,5 @@
-"""The benchmark's work as an ordinary Flower user writes it: stock FedAvg, a ClientApp that loads its model.
+"""What benchmarks compare with: a task as an ordinary Flower user writes it, and EDEN by its paper.
 
-The shape is that of Flower's own Hugging Face quickstart; nothing of fedllm is used.
+The app is stock FedAvg, whose client loads its model, in the shape of Flower's own Hugging Face quickstart.
+Nothing of fedllm is used.
 """

@@ -12,7 +12,7 @@ from fedllm.errors import WireError
 from fedllm.protocol.increments import receive
 from fedllm.protocol.wire import DENSE, Instruction, Reply
 from fedllm.tensors import Tensors, dense_bytes, digest, pack, spec_of
-from server.rounds.downlink import Downlink
+from server.rounds.exchange.downlink import Downlink
 from strategies.base import Replay
 from tests.rounds.scripted import Mean, play, scripted, send
 

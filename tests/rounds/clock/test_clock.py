@@ -14,9 +14,9 @@ from fedllm.protocol.wire import STALE, Instruction, Reply
 from fedllm.randomness import stream
 from fedllm.runs.reader import Run
 from fedllm.runs.records import NodeRound
-from server.rounds import clock as clocks
-from server.rounds import conversation
-from server.rounds.clock import Clock
+from server.rounds.exchange import conversation
+from server.rounds.timing import clock as clocks
+from server.rounds.timing.clock import Clock
 from tests.rounds.scripted import Mean, constant, play, scripted, send
 
 DEADLINE_S = 100.0

@@ -13,7 +13,7 @@ from fedllm.devices import Device, Named
 from fedllm.errors import ConfigError
 from fedllm.protocol.wire import Reply
 from server.rounds.conduct import Transport, conduct
-from server.rounds.work import Work, clock_of, least_memory, require_memory
+from server.rounds.timing.work import Work, clock_of, least_memory, require_memory
 from strategies.session import Session
 from tests.rounds.federation import configuration, run
 

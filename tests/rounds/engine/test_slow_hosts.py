@@ -11,7 +11,7 @@ from flwr.app import Message
 from fedllm.protocol.wire import Instruction, Reply
 from fedllm.runs.reader import Run
 from fedllm.runs.writer import RunStore
-from server.rounds import conversation
+from server.rounds.exchange import conversation
 from simulations.engines.loopback import loopback
 from tests.rounds.scripted import Script, ScriptedGrid, constant, engine_of, scripted, send
 

@@ -18,8 +18,8 @@ from fedllm.runs.totals import node_totals
 from fedllm.runs.writer import RunStore
 from server.dashboard.reading.verdict import UNUSABLE
 from server.rounds import admission
-from server.rounds import conversation as exchange
 from server.rounds.engine import Engine
+from server.rounds.exchange import conversation as exchange
 from simulations.engines.loopback import loopback
 from tests.rounds.scripted import ScriptedGrid, constant, engine_of, scripted, send
 

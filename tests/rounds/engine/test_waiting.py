@@ -14,8 +14,8 @@ from fedllm.runs.reader import Run
 from fedllm.runs.totals import node_totals
 from fedllm.runs.writer import RunStore
 from server.rounds import admission
-from server.rounds import conversation as exchange
 from server.rounds.engine import Engine
+from server.rounds.exchange import conversation as exchange
 from simulations.engines.loopback import loopback
 from tests.rounds.conftest import LeapingClock
 from tests.rounds.scripted import ScriptedGrid, constant, engine_of, scripted, send

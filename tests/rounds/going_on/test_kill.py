@@ -15,8 +15,8 @@ from client.node import CONFIG_KEY, FOLDER_KEY
 from fedllm.config import CodecConfig
 from fedllm.runs import checkpoint
 from fedllm.runs.amending import unsettled
+from fedllm.runs.provenance.verify import verify
 from fedllm.runs.reader import Run
-from fedllm.runs.verify import verify
 from server.rounds.conduct import Transport, conduct
 from simulations.engines.loopback import LoopbackGrid, loopback
 from tests.rounds.federation import configuration, run

@@ -11,9 +11,9 @@ from fedllm.codecs.base import CodecContext
 from fedllm.runs.writer import RunStore
 from fedllm.tensors import Tensors
 from fedllm.wording import human_bytes
-from server.rounds.messages import LEAST_BOUND
+from server.rounds.exchange.messages import LEAST_BOUND
 from simulations.engines.loopback import loopback
-from tests.conformance.test_codec_pairs import PAIRS
+from tests.conformance.codecs.test_codec_pairs import PAIRS
 from tests.rounds.scripted import constant, engine_of, grid_of, scripted, send
 
 MIB = 1 << 20

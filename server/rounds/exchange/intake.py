@@ -11,8 +11,8 @@ from fedllm.errors import RejectedReply, WireError
 from fedllm.protocol import claims, wire
 from fedllm.protocol.wire import STALE
 from fedllm.runs.writer import RunStore
-from server.rounds import staleness
-from server.rounds.messages import Messages, OpenExchange
+from server.rounds.exchange import staleness
+from server.rounds.exchange.messages import Messages, OpenExchange
 from server.rounds.roster import Roster
 from strategies.base import Method, Reply, State
 

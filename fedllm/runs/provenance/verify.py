@@ -15,9 +15,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedllm.errors import ConfigError, StoreError
-from fedllm.runs import chain, checkpoint, database
-from fedllm.runs.chain import BEGIN, EXTEND, RETURN, ROUND, Counted, Link
+from fedllm.runs import checkpoint, database
 from fedllm.runs.database import connect, select
+from fedllm.runs.provenance import chain
+from fedllm.runs.provenance.chain import BEGIN, EXTEND, RETURN, ROUND, Counted, Link
 from fedllm.tensors import fingerprint
 
 __all__ = ["Broken", "Verified", "sentences", "verify"]

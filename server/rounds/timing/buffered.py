@@ -27,11 +27,11 @@ from fedllm.config import RunConfig
 from fedllm.protocol import wire
 from fedllm.protocol.wire import STALE
 from fedllm.runs.writer import RunStore
-from server.rounds.clock import Clock, departure
-from server.rounds.conversation import FIRST_PAUSE_S, LONGEST_PAUSE_S, Conversation
-from server.rounds.messages import OpenExchange
+from server.rounds.exchange.conversation import FIRST_PAUSE_S, LONGEST_PAUSE_S, Conversation
+from server.rounds.exchange.messages import OpenExchange
 from server.rounds.roster import Roster, sample
 from server.rounds.state import Flight, ServerState
+from server.rounds.timing.clock import Clock, departure
 
 __all__ = ["Buffered"]
 

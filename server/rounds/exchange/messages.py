@@ -15,7 +15,7 @@ from fedllm.protocol.uplink import Uplink, Upload
 from fedllm.protocol.wire import Instruction
 from fedllm.tensors import Spec, Tensors, dense_bytes, digest, spec_of
 from server.rounds import gates
-from server.rounds.downlink import Downlink
+from server.rounds.exchange.downlink import Downlink
 from server.rounds.roster import Member
 from server.rounds.round_log import RoundLog
 from server.rounds.state import ServerState

@@ -9,7 +9,7 @@
 
 A leaf is the SHA-256 of a client's number and its reply's digest. Which number has which digest stands beside
 the chain, so that a client can be forgotten and the links stay what was signed.
-:mod:`fedllm.runs.verify` checks all of it.
+:mod:`fedllm.runs.provenance.verify` checks all of it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from fedllm.devices import Named, assigned
 from fedllm.errors import ConfigError
 from fedllm.protocol.wire import Reply
 from fedllm.wording import human_bytes
-from server.rounds.clock import Clock
+from server.rounds.timing.clock import Clock
 from strategies.base import Method
 from strategies.registry import method_options
 from strategies.session import Session

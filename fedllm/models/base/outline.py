@@ -10,8 +10,8 @@ from fedllm.config import RunConfig
 from fedllm.data.bundled import model_source
 from fedllm.data.starting_point import Base
 from fedllm.errors import ModelError
-from fedllm.models.loading import open_tokenizer, quiet
-from fedllm.models.soundness import one_line, positions
+from fedllm.models.base.loading import open_tokenizer, quiet
+from fedllm.models.base.soundness import one_line, positions
 
 __all__ = ["outline"]
 

@@ -24,8 +24,8 @@ from fedllm.config import RunConfig
 from fedllm.data.bundled import MODELS, require_whole
 from fedllm.errors import FedllmError, ModelError
 from fedllm.host.accelerator import converts_bfloat16
-from fedllm.models.quantisation import keep_layout, quantization
-from fedllm.models.soundness import account, check_length, check_vocabulary, one_line, positions, try_out
+from fedllm.models.base.quantisation import keep_layout, quantization
+from fedllm.models.base.soundness import account, check_length, check_vocabulary, one_line, positions, try_out
 
 __all__ = ["Base", "open_base", "open_shapes", "open_tokenizer", "quiet"]
 

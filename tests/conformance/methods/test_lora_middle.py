@@ -19,8 +19,8 @@ from strategies.lora import middle
 from strategies.lora.factors import Factors, pairs
 from strategies.session import Session
 from tests.conformance.federation import ask, commit, federate, logits, reply_of, session_for, start
-from tests.conformance.test_lora_rules import opened as opened  # fixtures
-from tests.conformance.test_lora_rules import tiny_gpt2 as tiny_gpt2
+from tests.conformance.methods.test_lora_rules import opened as opened  # fixtures
+from tests.conformance.methods.test_lora_rules import tiny_gpt2 as tiny_gpt2
 from tests.rounds.federation import configuration, run
 from tests.rounds.killed import conducted
 

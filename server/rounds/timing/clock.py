@@ -5,8 +5,8 @@ A device is asked at the start of an exchange, as all of its cohort are. Its ans
     latency + bytes down / bandwidth  +  FLOPs / (peak x efficiency)  +  latency + bytes up / bandwidth
 
 unless it leaves before. Nothing of this depends on the host: bytes are those of the ledger, FLOPs those of
-:mod:`server.rounds.work`, and who is there and who leaves is drawn by client, round and attempt. The server's
-own work, introductions and what a simulation's processes forget and are sent again take no time.
+:mod:`server.rounds.timing.work`, and who is there and who leaves is drawn by client, round and attempt. The
+server's own work, introductions and what a simulation's processes forget and are sent again take no time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedllm.protocol import wire
 from fedllm.protocol.wire import STALE, Reply
 from fedllm.randomness import stream
 from fedllm.wording import human_seconds
-from server.rounds.messages import OpenExchange
+from server.rounds.exchange.messages import OpenExchange
 from server.rounds.round_log import forward_passes
 
 __all__ = ["Clock", "Event", "Timed", "departure"]
@@ -178,7 +178,7 @@ class Timed:
     Args:
         clock: goes on by what the exchange takes.
         opened: the exchange.
-        take: takes in one reply; see :meth:`server.rounds.intake.Intake.take`.
+        take: takes in one reply; see :meth:`server.rounds.exchange.intake.Intake.take`.
     """
 
     def __init__(

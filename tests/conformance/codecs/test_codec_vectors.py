@@ -1,7 +1,7 @@
 """Payloads of format version 2 must decode for ever: ``codec_vectors.json`` has them, and their values.
 
 A change of the wire format needs a new version number and new vectors; ``python -m
-tests.conformance.test_codec_vectors`` writes those.
+tests.conformance.codecs.test_codec_vectors`` writes those.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fedllm.errors import ModelError
-from fedllm.models.loading import quiet
+from fedllm.models.base.loading import quiet
 
 __all__ = ["parts", "write"]
 

@@ -1,0 +1,1 @@
+"""The base model as its makers meant it: described, loaded whole, quantised, or refused."""

@@ -1,0 +1,1 @@
+"""One exchange with clients: what is written and asked, what comes back, and what each reply counts for."""
