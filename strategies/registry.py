@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedllm import plugins, tasks
 from fedllm.config import MethodOptions, Override, RunConfig, read_override, require_effect, resolve
 from fedllm.errors import ConfigError
+from fedllm.models.tuning import unread
 
 if TYPE_CHECKING:
     from fedllm.codecs import Codecs
@@ -162,11 +163,6 @@ def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
     given = [one for one in map(read_override, overrides) if one[1][0] in ("tuning", "model")]
     if not given:
         return
-    from fedllm.models.base.loading import quiet
-
-    with quiet():  # peft brings libraries that give hints when they are imported
-        from fedllm.models.adapters import unread
-
     options, peft = method_options(config.method), config.tuning.peft
     for said, path, value in given:
         if "tuning.rank" in options.unread and list(path) == ["tuning", "peft"] and value != "full":

@@ -21,9 +21,10 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models import extra_adapters
 from fedllm.models.peft_options import check_options, refuse_ignored
+from fedllm.models.tuning import plain
 from fedllm.wording import suggest
 
-__all__ = ["attach", "method_names", "unread"]
+__all__ = ["attach", "method_names", "reads"]
 
 # peft's names carry a suffix that nobody writes, and two common methods are switches of lora there.
 _ALIASES = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
@@ -55,30 +56,27 @@ def method_names() -> list[str]:
     return sorted({*of_peft, *_ALIASES, *_SWITCHES, *_small()})
 
 
-def unread(name: str) -> frozenset[str]:
-    """Return the keys of ``[tuning]`` that a method does not read, such as the rank of what has none.
+def reads(name: str) -> frozenset[str]:
+    """Return the keys of ``[tuning]`` that a method reads, from what peft itself says of it.
 
     Args:
         name: as ``tuning.peft`` takes it.
 
     Raises:
+        ConfigError: a plug-in's kind is none, or takes a name that is taken.
         ModelError: there is no such method.
 
-    >>> sorted(unread("ia3")), sorted(unread("full"))
-    (['tuning.alpha', 'tuning.rank'], ['tuning.alpha', 'tuning.options', 'tuning.rank', 'tuning.targets'])
+    >>> sorted(reads("ia3")), sorted(reads("lora"))
+    (['options', 'targets'], ['alpha', 'options', 'rank', 'targets'])
     """
-    plain = _plain(name)
-    if plain == "full":
-        read = set()
-    elif plain in _small():
-        # Those without options say so themselves; so does a head that is given targets.
-        read = {"options", "targets"} | ({"rank"} if plain not in ("head", "bitfit") else set())
-    else:
-        fields = set(_fields(_config_class(name)))
-        read = {"options", "targets"}
-        read |= {"rank"} if fields & {"r", "init_r"} and "oft_block_size" not in fields else set()
-        read |= {"alpha"} if fields & {"lora_alpha", "alpha"} else set()
-    return frozenset(f"tuning.{key}" for key in ("alpha", "options", "rank", "targets") if key not in read)
+    if plain(name) == "full":
+        return frozenset()
+    read = {"options", "targets"}
+    if plain(name) in _small():
+        return frozenset(read if plain(name) in ("head", "bitfit") else read | {"rank"})
+    fields = set(_fields(_config_class(name)))
+    read |= {"rank"} if fields & {"r", "init_r"} and "oft_block_size" not in fields else set()
+    return frozenset(read | ({"alpha"} if fields & {"lora_alpha", "alpha"} else set()))
 
 
 def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) -> Any:
@@ -94,7 +92,7 @@ def attach(model: Any, config: RunConfig, task: str, heads: Sequence[str] = ()) 
         ModelError: unknown method (names the nearest), unknown option, unknown target (lists the model's
             own), or a method that does not work for this model.
     """
-    if _plain(config.tuning.peft) in _small():
+    if plain(config.tuning.peft) in _small():
         return _attach_small(model, config, heads)
     settings = _settings(model, config, task, heads)
     if config.training.recomputes and settings.peft_type in _PREFIXES:
@@ -150,13 +148,13 @@ def _attach_small(model: Any, config: RunConfig, heads: Sequence[str]) -> Any:
     tuning = config.tuning
     if tuning.options:
         raise ModelError(f"tuning.options.{min(tuning.options)} is unknown to {tuning.peft}, which has none")
-    if _plain(tuning.peft) == "head" and (tuning.targets or not tasks.of(config).headed):
+    if plain(tuning.peft) == "head" and (tuning.targets or not tasks.of(config).headed):
         wrong = f'model.task = "{config.model.task}" has none; take "classification", for one'
         wrong = "leave tuning.targets empty" if tuning.targets else wrong
         raise ModelError(f'tuning.peft = "head" trains the head on the base model alone: {wrong}')
     if tuning.targets:
         _targets(model, tuning.targets)
-    adapted = extra_adapters.attach(model, _plain(tuning.peft), tuning.rank, tuning.targets, heads)
+    adapted = extra_adapters.attach(model, plain(tuning.peft), tuning.rank, tuning.targets, heads)
     if model.dtype != torch.float32:
         for head in heads:
             model.get_submodule(head).register_forward_pre_hook(_widen)
@@ -168,7 +166,7 @@ def _settings(model: Any, config: RunConfig, task: str, heads: Sequence[str]) ->
     kind = _config_class(tuning.peft)
     fields = _fields(kind)
     values: dict[str, Any] = {"task_type": task}
-    if switch := _SWITCHES.get(_plain(tuning.peft)):
+    if switch := _SWITCHES.get(plain(tuning.peft)):
         values[switch] = True
     for name, value in {"r": tuning.rank, "lora_alpha": tuning.alpha, "alpha": tuning.alpha}.items():
         if name in fields:
@@ -243,11 +241,11 @@ def _narrow(
 
 
 def _config_class(name: str) -> type[peft.PeftConfig]:
-    plain = _plain(name)
-    wanted = "LORA" if plain in _SWITCHES else _ALIASES.get(plain, plain.upper().replace("-", "_"))
+    kind = plain(name)
+    wanted = "LORA" if kind in _SWITCHES else _ALIASES.get(kind, kind.upper().replace("-", "_"))
     if wanted in _kinds():
         return _kinds()[wanted]
-    raise ModelError(f"tuning.peft = {name!r} is unknown{suggest(plain, ['full', *method_names()])}")
+    raise ModelError(f"tuning.peft = {name!r} is unknown{suggest(kind, ['full', *method_names()])}")
 
 
 def _name_of(kind: type[peft.PeftConfig]) -> str:
@@ -256,10 +254,6 @@ def _name_of(kind: type[peft.PeftConfig]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower().replace("_", "-")
 
 
 def _fields(kind: type[peft.PeftConfig]) -> list[str]:

@@ -43,6 +43,19 @@ def test_module_imports_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_dry_run_of_another_rank_or_model_imports_no_peft() -> None:
+    code = (
+        "import sys; from fedllm.cli import main; sys.argv[1:] = ['simulate', 'quickstart', '--dry-run',"
+        "'--set', 'tuning.rank=4', '--set', 'model.dropout=0.2']\n"
+        "try: main()\n"
+        "finally: print(sorted({'peft', 'transformers'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    assert "rank = 4" in output
+    assert output.endswith("\n[]\n")
+
+
+@pytest.mark.slow
 def test_help_takes_less_than_half_a_second() -> None:
     # Processor time, not wall time: what is promised is for an idle machine, and this one may be busy.
     taken = []

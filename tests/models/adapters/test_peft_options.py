@@ -13,20 +13,25 @@ import torch
 
 from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
 from fedllm.errors import ModelError
-from fedllm.models import extra_adapters
-from fedllm.models.adapters import _config_class, method_names
+from fedllm.models import extra_adapters, tuning
+from fedllm.models.adapters import _config_class, method_names, reads
 from fedllm.models.model import Model, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
 
-def loaded(base: Path, task: Any, method: str, options: dict[str, Any], **tuning: Any) -> Model:
+def loaded(base: Path, task: Any, method: str, options: dict[str, Any], **keys: Any) -> Model:
     config = RunConfig(
         model=ModelConfig(name=str(base), task=task),
         data=DataConfig(max_length=16),
-        tuning=TuningConfig(peft=method, rank=4, options=options, **tuning),
+        tuning=TuningConfig(peft=method, rank=4, options=options, **keys),
     )
     return load(config, ("a", "b"))
+
+
+def test_the_table_of_what_is_read_says_of_each_kind_what_peft_says() -> None:
+    kinds = ["full", *method_names()]
+    assert {kind: tuning.READ.get(kind) for kind in kinds} == {kind: reads(kind) for kind in kinds}
 
 
 @pytest.mark.parametrize(
