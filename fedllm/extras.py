@@ -11,6 +11,7 @@ __all__ = ["EXTRAS", "installed", "require"]
 EXTRAS = {
     "bitsandbytes": "quantize",
     "chitchat_dataset": "texts",
+    "cyllama": "llama",
     "datasets": "hub",
     "flwr_datasets": "simulation",
     "gguf": "gguf",

@@ -20,6 +20,8 @@ from fedllm.runs import database
 from fedllm.runs import lock as run_lock
 from fedllm.runs.database import GO_ON_FROM, GO_ON_TO, connect, insert, select, transaction
 from fedllm.runs.durable import disk_errors, to_json
+from fedllm.runs.provenance import chain
+from fedllm.runs.provenance.chain import Link
 from fedllm.runs.records import FILE, Command, Event, NodeLog, NodeRound, RoundRecord
 from fedllm.runs.summary import Best, best_of
 
@@ -121,6 +123,13 @@ class Run:
     def best(self) -> Best | None:
         """The best round so far; None where nothing was measured."""
         return best_of(((record.round, record.metrics) for record in self.rounds()), self.config.metric)
+
+    def link(self, round: int) -> Link | None:
+        """Return the link that was signed as a round was committed; None where the run keeps no chain."""
+        with disk_errors(self.folder), connect(self.folder) as connection:
+            links = chain.kept(connection)
+        told = [(link, json.loads(link.body)) for link in links]
+        return next((o for o, b in reversed(told) if (b["kind"], b["round"]) == (chain.ROUND, round)), None)
 
     def nodes(
         self, *, round: int | None = None, node: int | None = None, limit: int = -1, offset: int = 0

@@ -20,8 +20,9 @@ PANEL = "Simulations and results"
 
 Which = int | Literal["best"] | None
 """A round whose checkpoint is there, the best one, or the last."""
-Format = Literal["merged", "onnx", "int8"]
-"""``merged``: a plain transformers model; ``onnx``: a graph for ONNX Runtime; ``int8``: it quantised."""
+Format = Literal["merged", "onnx", "int8", "int4", "gguf", "gguf-q8_0"]
+"""``merged``: a plain transformers model; ``onnx``: a graph for ONNX Runtime, ``int8`` and ``int4``: it
+quantised; ``gguf``: a file for llama.cpp in float16, ``gguf-q8_0``: in eight bits."""
 
 AtRound = Annotated[
     str | None,

@@ -173,7 +173,8 @@ def export(
         Format | None,
         typer.Option(
             help="merged: a plain transformers model, the adapter in its weights; onnx: a graph for ONNX "
-            "Runtime; int8: that quantised. Default: what the run trained, an adapter or a model.",
+            "Runtime; int8, int4: that quantised; gguf, gguf-q8_0: a file for llama.cpp in float16, in eight "
+            "bits. Default: what the run trained, an adapter or a model.",
         ),
     ] = None,
     check: Annotated[
@@ -183,7 +184,7 @@ def export(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's result for other programs: peft's adapter, a transformers model, or an ONNX graph."""
+    """Write a run's result for other programs: peft's adapter, a transformers model, a graph, a GGUF file."""
     if out.suffix.lower() in FILES:
         raise ConfigError(
             f"export writes a folder, in peft's format or transformers', and no {out.suffix} file: "
@@ -199,7 +200,7 @@ def export(
         write(run_dir, out, which(round))
         _written(out, as_json)
         return
-    from simulations.results.shipping import ship
+    from simulations.results.shipping.ship import ship
 
     with console.status("writing, and loading it again"):
         _, compared = ship(run_dir, out, format, which(round), check=check)

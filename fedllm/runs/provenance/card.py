@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config import RunConfig
-from fedllm.measures import in_order, measure
+from fedllm.measures import in_order, leading, measure
 from fedllm.runs.reader import Run
-from fedllm.wording import number
+from fedllm.runs.summary import own_scores
+from fedllm.wording import human_bytes, number
 
 __all__ = ["write_card"]
 
@@ -53,6 +54,8 @@ def write_card(run: Run, place: Path, round: int) -> None:
         f"## Scores after {round} of {config.rounds} rounds\n\n"
         + _scores(measured[-1] if measured else {}, config.metric)
         + _standing(run, round),
+        *_on_clients(run, round),
+        "## What it took\n\n" + _lines(_took(run, round)),
         "## Use\n\n" + _use(told, adapter, peft, plugins, (place / "head.safetensors").is_file()),
     ]
     if note := _PACKED.get(config.model.name):
@@ -96,6 +99,45 @@ def _standing(run: Run, round: int) -> str:
     return f"\n\nNo round of this run has a better {measure(run.config.metric).title}."
 
 
+def _on_clients(run: Run, round: int) -> list[str]:
+    """Say how the model does on each client's own texts, the last time that clients were asked for it."""
+    asked = [row for row in run.nodes() if row.exchange == "evaluate" and row.status == "accepted"]
+    last = max((row.round for row in asked if row.round <= round), default=None)
+    told = {row.node: own_scores(row, run.config.metric) for row in asked if row.round == last}
+    if not any(told.values()):
+        return []
+    name = leading(next(filter(None, told.values())), run.config.metric)
+    rows = [f"| {node} | {number(told[node][name])} |" for node in sorted(told) if name in told[node]]
+    table = [f"| client | {measure(name).title} |", "| --- | --- |", *rows]
+    return [f"## On texts that clients kept aside, after round {last}\n\n" + "\n".join(table)]
+
+
+def _took(run: Run, round: int) -> dict[str, object]:
+    """Return what came and went, what of it is private, and the link that this model's round is signed by."""
+    config = run.config
+    done = [record for record in run.rounds() if record.round <= round]
+    moved = {side: sum(getattr(record, f"bytes_{side}") for record in done) for side in ("up", "down")}
+    whole = sum(record.reference_bytes for record in done)
+    took: dict[str, object] = {
+        "moved": f"{human_bytes(moved['up'])} up, {human_bytes(moved['down'])} down "
+        f"(FedAvg of the whole model in float32: {human_bytes(whole)})",
+        "codec": f"{config.codec.up} up, {config.codec.down} down",
+        "privacy": _privacy(config, done[-1].epsilon, done[-1].delta),
+    }
+    if link := run.link(round):
+        took["signed"] = f"link {link.id} of the run's chain, {link.hash}"
+    return took
+
+
+def _privacy(config: RunConfig, epsilon: float | None, delta: float | None) -> str:
+    """Say what bounds what an answer tells of its texts."""
+    if epsilon is not None:
+        return f"(epsilon, delta) = ({number(epsilon)}, {delta:.2g})"
+    clip = config.privacy.clip
+    clipped = "" if clip is None else f"; answers clipped to a norm of {clip:g}"
+    return f"texts stayed with their clients; no noise was added, so no epsilon is spent or bounded{clipped}"
+
+
 def _lines(items: dict[str, Any]) -> str:
     return "\n".join(f"- {name}: {' '.join(str(value).split())}" for name, value in items.items())
 
@@ -123,6 +165,8 @@ def _use(told: dict[str, Any], adapter: bool, peft: bool, plugins: Sequence[str]
     code = [f"from transformers import {auto}"]
     if told.get("runtime") == "onnxruntime":
         return _with_onnx_runtime()
+    if told.get("runtime") == "llama.cpp":
+        return "```sh\nllama-cli -m PATH/OF/THIS/FOLDER/model.gguf\n```"
     if not adapter:
         code += ["", f'model = {auto}.from_pretrained("PATH/OF/THIS/FOLDER")']
     else:

@@ -11,6 +11,9 @@ import pytest
 import yaml
 
 from fedllm.data import bundled
+from fedllm.runs.provenance.verify import verify
+from fedllm.runs.reader import Run
+from fedllm.wording import human_bytes
 from simulations.results.predict import export
 from tests.parts import quick
 from tests.rounds.federation import configuration, run
@@ -49,6 +52,26 @@ def test_the_card_says_what_the_run_was_and_its_code_loads_it(
     assert type(found["model"]).__name__.startswith("PeftModel" if kind == "lora" else "BertModel")
     export(tmp_path / "run", tmp_path / "out")
     assert (tmp_path / "out" / place.name / "README.md").read_text(encoding="utf-8") == card
+
+
+@pytest.mark.slow
+def test_the_card_says_what_it_took_and_for_whom_it_works(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    told = {"evaluation": {"clients": True}, "codec": {"up": "quantize(bits=8)"}, "privacy": {"clip": 2.5}}
+    data = {"path": str(tiny_texts), "max_length": 16, "client_test_fraction": 0.3}
+    summary = run(configuration(tiny_encoder, tiny_texts, rounds=2, data=data, **told), tmp_path / "run")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
+    moved = {side: human_bytes(summary["bytes"][side]) for side in ("up", "down")}
+    assert f"- moved: {moved['up']} up, {moved['down']} down (FedAvg of the whole model in float32: " in card
+    assert "- codec: quantize(bits=8) up, none down\n" in card
+    assert "no noise was added, so no epsilon is spent or bounded; answers clipped to a norm of 2.5\n" in card
+    opened = Run(tmp_path / "run")
+    assert f"- signed: link 3 of the run's chain, {verify(opened.folder).head}\n" in card
+    asked = [row for row in opened.nodes(round=2) if row.exchange == "evaluate"]
+    for row in asked:
+        assert f"| {row.node} | {row.metrics['accuracy']:.4g} |\n" in card
+    assert len(asked) == card.count("\n| ") - 2 > 0
 
 
 def test_a_bundled_base_goes_by_its_name_on_the_hub(

@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import onnx
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedllm.errors import ConfigError, RunFailed
-from simulations.results import shipping
 from simulations.results.options import Format
 from simulations.results.predict import plain_model, tokenizer
-from simulations.results.shipping import ship
+from simulations.results.shipping import gguf_files
+from simulations.results.shipping import ship as shipping
+from simulations.results.shipping.ship import ship
 from tests.parts import quick
 from tests.rounds.federation import configuration, run
 
@@ -37,6 +41,40 @@ def causal_run(tiny_causal: Path, tiny_texts: Path, tmp_path_factory: pytest.Tem
     tuned = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "v_proj")}
     model = {"name": str(tiny_causal), "task": "causal"}
     return trained(tiny_causal, tiny_texts, tmp_path_factory.mktemp("causal"), tuning=tuned, model=model)
+
+
+@pytest.fixture(scope="module")
+def bytes_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers x 64, more heads than keys, with a tokenizer of bytes that llama.cpp knows."""
+    folder = tmp_path_factory.mktemp("bytes")
+    inside = Tokenizer(models.BPE())
+    inside.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inside.decoder = decoders.ByteLevel()
+    learning = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inside.train_from_iterator([*TEXTS, "since 123456"] * 20, learning)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inside, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        config = LlamaConfig(vocab_size=328, initializer_range=0.2, **sizes, **heads, **ends)
+        LlamaForCausalLM(config).save_pretrained(folder)  # embeddings of eight tokens that nobody has
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_run(bytes_llama: Path, tiny_texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tuned = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "k_proj")}
+    model = {"name": str(bytes_llama), "task": "causal"}
+    return trained(bytes_llama, tiny_texts, tmp_path_factory.mktemp("llama"), tuning=tuned, model=model)
 
 
 def own_logits(folder: Path) -> tuple[dict[str, Any], torch.Tensor]:
@@ -85,6 +123,61 @@ def test_eight_bits_are_smaller_and_said_to_differ(encoder_run: Path, tmp_path: 
     assert (place / "model.onnx").stat().st_size < (whole / "model.onnx").stat().st_size
     assert compared is not None
     assert 1e-4 < compared.difference < 0.5
+
+
+@pytest.mark.slow
+def test_four_bits_are_half_of_eight_and_said_to_differ(encoder_run: Path, tmp_path: Path) -> None:
+    place, compared = ship(encoder_run, tmp_path / "four", "int4", check=True)
+    kinds = {node.op_type for node in onnx.load(place / "model.onnx").graph.node}
+    assert {"MatMulNBits", "GatherBlockQuantized"} <= kinds
+    assert "MatMul" not in {
+        node.op_type for node in onnx.load(place / "model.onnx").graph.node if "weight" in str(node.input)
+    }
+    assert compared is not None
+    assert 1e-4 < compared.difference < 0.5
+    assert compared.metric == "accuracy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "off"), [("gguf", 1e-2), ("gguf-q8_0", 5e-2)])
+def test_a_llama_says_in_llama_cpp_what_the_run_says(
+    form: Format, off: float, llama_run: Path, tmp_path: Path
+) -> None:
+    place, compared = ship(llama_run, tmp_path / "out", form, check=True)
+    assert compared is not None
+    assert 0 < compared.difference < off
+    assert compared.score == pytest.approx(compared.run_score, rel=off)
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(place / "model.gguf").tensors}
+    matrix = "F16" if form == "gguf" else "Q8_0"
+    assert held["blk.1.attn_q.weight"].tensor_type.name == matrix
+    assert held["blk.1.attn_norm.weight"].tensor_type.name == "F32"
+    asked, ours = own_logits(llama_run)
+    theirs = AutoModelForCausalLM.from_pretrained(place, gguf_file="model.gguf", dtype=torch.float32)
+    with torch.inference_mode():
+        loaded = theirs(**asked).logits[asked["attention_mask"].bool()]
+    assert (loaded - ours).norm() / ours.norm() < off
+    assert "llama-cli" in (place / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["encoder_run", "causal_run"])
+def test_what_llama_cpp_does_not_hold_is_refused(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """An encoder, and a Llama whose tokenizer splits texts at spaces."""
+    said = {"encoder_run": "answers by mean", "causal_run": "tokenizers of bytes"}[kind]
+    with pytest.raises(ConfigError, match=said):
+        ship(request.getfixturevalue(kind), tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_found(
+    llama_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_files, "_splitting", lambda tokenizer: "llama-bpe")
+    with pytest.raises(RunFailed, match="splits texts otherwise"):
+        ship(llama_run, tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
