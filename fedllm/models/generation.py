@@ -9,6 +9,7 @@ why.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +26,14 @@ from fedllm.randomness import stream
 
 __all__ = ["GREEDY", "Generator", "Sampling", "end_tokens", "generate", "pieces"]
 
+logger = logging.getLogger(__name__)
+
 _CACHES = ("cache", "past_key_values")
 """What transformers calls keys and values that are handed from call to call, now and before."""
 
-_TOLERANCE = {True: 1e-3, False: 0.02}
-"""Relative difference of scores that rounding explains, in float32 and in less."""
+_TOLERANCE = {True: 1e-3, False: 0.06}
+"""Relative difference of scores that rounding explains, in float32 and in less: half a percent an operation, and
+2.4 % were seen behind the thirty layers of SmolLM2 in bfloat16."""
 
 _CONTEXT = 16
 """Tokens before a text by which a decoder knows how to begin it."""
@@ -306,7 +310,10 @@ def generate(
     Raises:
         ModelError: a prompt is empty, or the model has diverged.
     """
-    return Generator(model, ends).complete(prompts, new_tokens, sampling)
+    generator = Generator(model, ends)
+    if generator.uncached:
+        logger.warning("every new token reads all before it again, which is slow: %s", generator.uncached)
+    return generator.complete(prompts, new_tokens, sampling)
 
 
 def end_tokens(model: Model) -> frozenset[int]:

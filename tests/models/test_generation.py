@@ -122,19 +122,21 @@ def test_an_encoder_with_a_decoder_writes_the_same(architecture: Architecture, k
 
 
 @pytest.mark.slow
-def test_a_model_of_real_size_keeps_what_it_read() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_of_real_size_keeps_what_it_read(dtype: str) -> None:
     """Rounding in thirty layers is a hundred times that in two."""
-    writer = Generator(opened("smollm2"))
+    writer = Generator(opened("", model={"name": "smollm2", "task": "causal", "dtype": dtype}))
     assert writer.uncached == ""
 
 
-def test_an_adapter_that_looks_at_all_tokens_keeps_nothing() -> None:
+def test_an_adapter_that_looks_at_all_tokens_keeps_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """Lily's router takes a mean over the tokens it is given."""
     model = opened(matrix.folder("Llama"), "lily")
     assert Generator(model).uncached == (
         "LlamaForCausalLM with tuning.peft = 'lily' scores a token otherwise then"
     )
     assert generate(model, PROMPTS, 3) == [naive(model, prompt, 3) for prompt in PROMPTS]
+    assert "every new token reads all before it again" in caplog.text
     writer, read = Generator(model), widths(model)
     assert list(writer.write(PROMPTS[1], 3)) == naive(model, PROMPTS[1], 3)
     assert read[:3] == [[1, 6], [1, 7], [1, 8]]
