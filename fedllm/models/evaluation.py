@@ -26,12 +26,11 @@ def evaluate(
     """Score the model without dropout: ``loss``, and what the task's scorer finds.
 
     The loss is the mean over all that is predicted; it does not depend on ``batch_size`` beyond rounding.
-    Texts of similar length share a batch, so that little is spent on padding.
 
     Args:
         model: as it stands.
         tokens: the texts.
-        batch_size: texts at a time; fewer where ``training.memory`` is lean and texts are long.
+        batch_size: texts at a time at most; see :meth:`fedllm.models.model.Model.batches`.
         around: opened around each batch's pass with the batch's indices, as
             :meth:`strategies.fwdllm.activations.FeatureCache.around`, which spares the frozen layers.
 
@@ -40,16 +39,13 @@ def evaluate(
     """
     if not len(tokens):
         raise ModelError("there is no text to evaluate on")
-    order = tokens.lengths.argsort(kind="stable")
     training = model.module.training
     model.module.eval()
-    batch_size = model.texts_at_once(tokens, batch_size)
     loss, count = 0.0, 0
     scorer = model.task.scorer(tokens, model.labels)
     try:
         with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                indices = order[start : start + batch_size]
+            for indices in model.batches(tokens, batch_size):
                 batch = tokens.batch(indices)
                 with around(indices):
                     output = model.forward(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedllm import tasks
 from fedllm.config import RunConfig
 from fedllm.data.bundled import model_source
 from fedllm.data.corpus import Corpus
+from fedllm.data.partition import Indices
 from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import DataError, ModelError
 from fedllm.host.accelerator import chosen_device
@@ -27,6 +28,9 @@ from fedllm.tasks.base import PerToken, Task
 from fedllm.tensors import Tensors
 
 __all__ = ["Model", "Network", "Output", "load"]
+
+_LOGITS = 1 << 25
+"""Logits of a vocabulary that one pass makes where nothing is learnt from them: 128 MiB in float32."""
 
 
 @dataclass(eq=False)
@@ -106,11 +110,29 @@ class Model:
             )
         return found
 
-    def texts_at_once(self, tokens: Tokens, most: int) -> int:
-        """Return how many of these texts, ``most`` at most, share a pass that makes all of their logits."""
-        if self.ending is None or self.embeddings is None:
-            return most
-        return max(1, min(most, rows_at_once(self.embeddings) // int(tokens.lengths.max(initial=1))))
+    def batches(self, tokens: Tokens, most: int) -> Iterator[Indices]:
+        """Yield the texts' numbers, shortest first, in batches for passes that make all of their logits.
+
+        Texts of similar length share a batch, so that little is spent on padding. Logits of a vocabulary take
+        no more than 128 MiB (with ``training.memory = "lean"`` 16), unless one text has more.
+
+        Args:
+            tokens: the texts.
+            most: of them in a batch.
+        """
+        order = tokens.lengths.argsort(kind="stable")
+        room = self._tokens_at_once()
+        start = 0
+        while start < len(order):
+            widths = tokens.lengths[order[start : start + most]].astype(np.int64)
+            fits = int((widths * np.arange(1, len(widths) + 1) <= room).sum())
+            yield order[start : start + max(1, fits)]
+            start += max(1, fits)
+
+    def _tokens_at_once(self) -> int:
+        if self.embeddings is None or not isinstance(self.task, PerToken):
+            return 2**62
+        return rows_at_once(self.embeddings) if self.ending is not None else _LOGITS // self.embeddings
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> Output:
         """Run one batch; ``loss`` is the task's."""

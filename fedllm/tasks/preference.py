@@ -109,13 +109,12 @@ class Preference(Causal):
         """Note the log-probability of every answer under the model as it is: ``reference``, [rows, 2]."""
         import torch
 
-        training, size = model.module.training, model.texts_at_once(tokens, self.config.evaluation.batch_size)
+        training = model.module.training
         found = np.zeros((len(tokens), 2), dtype=np.float32)
         model.module.eval()
         try:
             with torch.inference_mode():
-                for first in range(0, len(tokens), size):
-                    rows = np.arange(first, min(first + size, len(tokens)))
+                for rows in model.batches(tokens, self.config.evaluation.batch_size):
                     batch = tokens.batch(rows).to(model.device)
                     logits = model.module(**batch.inputs()).logits
                     targets = self.targets(batch.labels)

@@ -127,6 +127,26 @@ def test_evaluate_agrees_with_text_by_text(build: Build, task: str) -> None:
     assert model.module.training
 
 
+def test_a_vocabularys_logits_bound_a_batch(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("causal")
+    tokens = tokens_of(model).subset(range(37))
+    assert [len(batch) for batch in model.batches(tokens, 16)] == [16, 16, 5]
+    monkeypatch.setattr("fedllm.models.model._LOGITS", 40 * (model.embeddings or 0))
+    found = list(model.batches(tokens, 16))
+    assert sorted(np.concatenate(found)) == list(range(37))
+    longest = [int(tokens.lengths[batch].max()) for batch in found]
+    assert longest == sorted(longest)
+    assert all(len(batch) * width <= 40 for batch, width in zip(found, longest, strict=True))
+    assert sum(len(batch) == 40 // width for batch, width in zip(found, longest, strict=True)) >= 3
+    monkeypatch.setattr("fedllm.models.model._LOGITS", 1)
+    assert [len(batch) for batch in model.batches(tokens, 16)] == [1] * 37
+    assert [len(batch) for batch in build().batches(tokens, 16)] == [
+        16,
+        16,
+        5,
+    ]  # classes are no vocabulary
+
+
 def test_evaluate_switches_dropout_off_and_on_again(build: Build) -> None:
     model = build(dropout=0.5)
     tokens = tokens_of(model).subset(range(20))
