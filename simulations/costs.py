@@ -78,7 +78,8 @@ def forecast(runs: Sequence[tuple[str, RunConfig]]) -> Forecast:
 
 
 def _kind(config: RunConfig) -> tuple[object, ...]:
-    return (config.method, config.model, config.tuning, config.data.name, config.data.path)
+    model = config.model.model_dump(exclude={"dtype"})  # "auto" is settled as a run starts
+    return (config.method, model, config.tuning, config.data.name, config.data.path)
 
 
 def sentences(said: Forecast, folder: Path, jobs: int = 1) -> list[str]:

@@ -51,6 +51,10 @@ def test_runs_one_after_the_other_add_time_and_disk_and_share_memory() -> None:
     assert three.large
 
 
+def test_a_precision_settled_at_the_start_is_like_its_preset() -> None:
+    assert costs.forecast([quickstart("model.dtype=bfloat16")]).cost == MEASURED["quickstart"]
+
+
 @pytest.mark.parametrize("other", ["model.name=roberta-base", "data.name=ag_news", "tuning.rank=64"])
 def test_another_model_or_other_data_has_no_estimate(tmp_path: Path, other: str) -> None:
     said = costs.forecast([quickstart(other)])
