@@ -18,6 +18,7 @@ from torch import nn
 from fedllm.config import MethodOptions, RunConfig
 from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import DataError, WireError
+from fedllm.models.compression.masks import held
 from fedllm.models.evaluation import evaluate
 from fedllm.models.model import Model
 from fedllm.models.saving import save
@@ -265,7 +266,8 @@ class Method(ABC):
         """Parameters that FedAvg of the whole model would move: base and head, without adapters."""
         adapters = (".default", ".small_adapter.")  # peft's, which all have this name, and those of our own
         parameters = model.module.named_parameters()
-        return sum(p.numel() for name, p in parameters if not any(mark in name for mark in adapters))
+        whole = sum(p.numel() for name, p in parameters if not any(mark in name for mark in adapters))
+        return whole + held(model.module)
 
     def replay(self, tensors: Tensors, record: bytes) -> Tensors:
         """Both sides: take a :class:`Replay` step."""

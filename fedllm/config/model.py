@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedllm.section import Section
+
+
+class Pruning(NamedTuple):
+    """What ``model.prune`` says.
+
+    Attributes:
+        kind: ``none``, ``magnitude``, ``groups`` (n of m), or ``zeros``.
+        share: of a matrix's weights that ``magnitude`` sets to zero.
+        of: (n, m) of ``groups``.
+    """
+
+    kind: Literal["none", "magnitude", "groups", "zeros"]
+    share: float = 0.0
+    of: tuple[int, int] = (0, 0)
+
+
+def pruning(text: str) -> Pruning:
+    """Read ``model.prune``.
+
+    Raises:
+        ValueError: it is none of them.
+
+    >>> pruning("magnitude(0.5)"), pruning("2:4").of
+    (Pruning(kind='magnitude', share=0.5, of=(0, 0)), (2, 4))
+    """
+    if text in ("none", "zeros"):
+        return Pruning(text)  # type: ignore[arg-type]
+    if found := re.fullmatch(r"magnitude\((0?\.[0-9]+)\)", text):
+        return Pruning("magnitude", float(found[1]))
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if found and 0 < int(found[1]) < int(found[2]):
+        return Pruning("groups", of=(int(found[1]), int(found[2])))
+    raise ValueError(
+        f'model.prune = {text!r} is none of "none", "magnitude(0.5)" (the share that becomes zero), '
+        '"2:4" (two of four neighbours stay) and "zeros" (those of the base)'
+    )
 
 
 class ModelConfig(Section):
@@ -23,8 +60,18 @@ class ModelConfig(Section):
     ``bfloat16`` where this machine computes it natively and clients train by gradient."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Keep the frozen part's matrices in eight or four bits (QLoRA), through bitsandbytes."""
+    prune: str = "none"
+    """Weights of trained matrices that are set to zero, stay zero and never travel: ``magnitude(0.5)`` (the
+    smallest half of each), ``2:4`` (two of four neighbours stay), or ``zeros`` (those that the base has, as
+    ``fedllm compress`` leaves them); for a model that is tuned whole, or FedKD's student."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout probability everywhere in the base model while training."""
+
+    @field_validator("prune")
+    @classmethod
+    def _prune(cls, value: str) -> str:
+        pruning(value)
+        return value
 
 
 class TuningConfig(Section):

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedllm import tasks
 from fedllm.config import RunConfig
+from fedllm.config.model import pruning
 from fedllm.data.bundled import model_source
 from fedllm.data.corpus import Corpus
 from fedllm.data.partition import Indices
@@ -21,13 +22,14 @@ from fedllm.host.accelerator import chosen_device
 from fedllm.host.allocator import give_back_large_blocks
 from fedllm.models.base.loading import Base, open_base, open_shapes, open_tokenizer, quiet
 from fedllm.models.base.soundness import require_both_ways
+from fedllm.models.compression.masks import prune
 from fedllm.models.network import PEFT, Network, Output
 from fedllm.models.vocabulary import Ending, ending_of, loss_in_parts, rows_at_once
 from fedllm.randomness import derive
 from fedllm.tasks.base import PerToken, Task
 from fedllm.tensors import Tensors
 
-__all__ = ["Model", "Network", "Output", "load"]
+__all__ = ["Model", "Network", "Output", "load", "mask_whole"]
 
 _LOGITS = 1 << 25
 """Logits of a vocabulary that one pass makes where nothing is learnt from them: 128 MiB in float32."""
@@ -197,6 +199,8 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
         # Before an adapter may wrap the table.
         vocabulary = base.model.get_input_embeddings().num_embeddings
         module = _network(base, config, task, task.outputs(labels))
+    if config.model.prune != "none":
+        mask_whole(module, config)
     if config.model.quantize == "none" and not shapes:  # bitsandbytes has placed its matrices already
         module.to(device)
     return Model(
@@ -210,6 +214,20 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
         _positions(base, module, config),
         _ending(module, config),
     )
+
+
+def mask_whole(module: Network, config: RunConfig) -> None:
+    """Mask what ``model.prune`` says, in a model that is tuned whole.
+
+    Raises:
+        ModelError: it is not, or has nothing to mask.
+    """
+    if config.tuning.peft != "full":
+        raise ModelError(
+            f'model.prune = "{config.model.prune}" masks weights that are trained, and tuning.peft = '
+            f'"{config.tuning.peft}" trains others: take method = "fedavg", or a base that has zeros'
+        )
+    prune(module.backbone, pruning(config.model.prune), config.model.name)
 
 
 def _ending(module: Network, config: RunConfig) -> Ending | None:

@@ -13,6 +13,7 @@ from fedllm.data.bundled import HUB
 from fedllm.models import extra_adapters
 from fedllm.models.anatomy import plain
 from fedllm.models.base.loading import quiet
+from fedllm.models.compression.masks import dense
 from fedllm.models.model import Model
 from fedllm.models.network import AUTO, Network
 
@@ -39,7 +40,7 @@ def save(model: Model, folder: Path) -> Path:
             backbone.active_peft_config.base_model_name_or_path = _base(model)
             backbone.save_pretrained(str(place), save_embedding_layers=False)
         else:
-            backbone.save_pretrained(place)
+            backbone.save_pretrained(place, state_dict=dense(backbone))
             unbounded(model.tokenizer).save_pretrained(place)
     describe(model, place, model.module.head)
     return place

@@ -105,13 +105,15 @@ class FedKD(Averaging):
 
     def build(self, labels: tuple[str, ...]) -> Model:
         """Make the student, fully trainable but for frozen embeddings."""
-        student = models.load(_tuned(self.config, "full", self.options.student), labels)
+        student = models.load(_tuned(self.config, "full", self.options.student, prune="none"), labels)
         if self.options.student is None:
             keep_layers(student, _chosen(self.options.layers, depth(student)))
             if self.options.width is not None:
                 narrow(student, self.options.width)
         if self.options.embeddings != "trained":
             freeze_embeddings(student)
+        if self.config.model.prune != "none":  # what becomes of the student's matrices comes first
+            models.mask_whole(student.module, _tuned(self.config, "full", None))
         return student
 
     def try_out(self, model: Model, batch: Batch) -> list[str]:
@@ -210,7 +212,9 @@ class FedKD(Averaging):
 
     def _pair(self, student: Model) -> Tutor:
         """Make a teacher and Wh for a student; what a client starts from is left out."""
-        teacher = models.load(self.config, student.labels)
+        teacher = models.load(
+            _tuned(self.config, self.config.tuning.peft, None, prune="none"), student.labels
+        )
         if self.options.embeddings == "frozen":
             freeze_embeddings(teacher)
         check_pair(teacher, student, attention=self.options.attention)
@@ -338,9 +342,9 @@ def _remember(tutor: Tutor, optimizer: torch.optim.Optimizer) -> Tensors:
     return local
 
 
-def _tuned(config: RunConfig, peft: str, name: str | None) -> RunConfig:
+def _tuned(config: RunConfig, peft: str, name: str | None, **settings: str) -> RunConfig:
     tuning = config.tuning.model_copy(update={"peft": peft})
-    model = config.model if name is None else config.model.model_copy(update={"name": name})
+    model = config.model.model_copy(update=settings | ({} if name is None else {"name": name}))
     return config.model_copy(update={"tuning": tuning, "model": model})
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fedllm.data.tokens import Tokens
 from fedllm.devices import Named, assigned
@@ -110,7 +111,9 @@ def multiplied(module: nn.Module) -> int:
         elif isinstance(part, nn.Linear):
             matrices.add(id(part.weight))  # may be a table as well, which then makes the logits
     looked_up = tables - matrices
-    return sum(entries(p) for p in module.parameters() if p.dim() > 1 and id(p) not in looked_up)
+    masked = [p for p in module.modules() if isinstance(p, nn.Linear) and is_parametrized(p, "weight")]
+    zeros_too = sum(part.weight.numel() for part in masked)  # a product with zeros takes as long as any
+    return zeros_too + sum(entries(p) for p in module.parameters() if p.dim() > 1 and id(p) not in looked_up)
 
 
 def _elsewhere(session: Session) -> int:
