@@ -62,8 +62,8 @@ class ModelConfig(Section):
     """Keep the frozen part's matrices in eight or four bits (QLoRA), through bitsandbytes."""
     prune: str = "none"
     """Weights of trained matrices that are set to zero, stay zero and never travel: ``magnitude(0.5)`` (the
-    smallest half of each), ``2:4`` (two of four neighbours stay), or ``zeros`` (those that the base has, as
-    ``fedllm compress`` leaves them); for a model that is tuned whole, or FedKD's student."""
+    smallest half of each), ``2:4`` (two of four neighbours stay), or ``zeros`` (those that the base has);
+    for a model that is tuned whole, or FedKD's student."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout probability everywhere in the base model while training."""
 
