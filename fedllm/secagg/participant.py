@@ -1,0 +1,236 @@
+"""A client's half of secure aggregation (Bonawitz et al., CCS 2017; with ``degree``, Bell et al., CCS 2020).
+
+    keys      draws two key pairs, for sealing and for masking
+    shares    draws the seed of its self-mask; shares it and its mask key among its neighbours, sealed
+    mask      y_u = x_u + PRG(b_u) + sum_(v > u) PRG(k_uv) - sum_(v < u) PRG(k_uv)   over neighbours that shared
+    unmask    of each neighbour ONE share: of the seed if its values came, of its mask key if they did not
+
+Each step of a session is answered once: the same question again has the same answer, any other is refused. So
+a server never gets both shares of one neighbour, nor two differences under one mask. A session that another
+one follows is forgotten with its secrets, and one that has ended keeps none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+from fedllm.errors import WireError
+from fedllm.secagg import keys, shamir, words
+from fedllm.secagg.identity import Identity
+from fedllm.secagg.letters import Entry, Masking, Shares, Unmasking, entries
+from fedllm.secagg.rules import Group, Rules, purpose
+from fedllm.secagg.words import Words
+
+__all__ = ["NO_SHARE", "Participant", "Vault", "pair_key", "self_key"]
+
+NO_SHARE = b"\xff" * shamir.SHARE_BYTES
+"""Stands for the share of a neighbour that has sealed none; it is out of a share's range."""
+
+
+class Vault(Protocol):
+    """Where a client keeps what it must not forget between two steps."""
+
+    def load(self) -> bytes | None:
+        """Return what was saved last."""
+        ...
+
+    def save(self, content: bytes) -> None:
+        """Replace it, wholly or not at all."""
+        ...
+
+
+@dataclass
+class _Session:
+    """What a client keeps of its newest session; bytes as hexadecimal text."""
+
+    context: str
+    public: str = ""
+    seal: str = ""
+    mask: str = ""
+    seed: str = ""
+    own_share: str = ""
+    roster: str = ""
+    sharers: list[int] = field(default_factory=list)
+    asked: dict[str, str] = field(default_factory=dict)
+    """Digest of what was asked, by step that was answered."""
+    answers: dict[str, str] = field(default_factory=dict)
+
+
+class Participant:
+    """One client.
+
+    Args:
+        node: its number.
+        rules: of the run.
+        identity: proves its keys, and checks its neighbours'.
+        vault: of this client and run.
+    """
+
+    def __init__(self, node: int, rules: Rules, identity: Identity, vault: Vault) -> None:
+        self.node, self.rules, self._identity, self._vault = node, rules, identity, vault
+
+    def keys(self, context: str) -> bytes:
+        """Begin a session; return its public keys. Whatever session was before is forgotten.
+
+        Args:
+            context: names the session: its run, round, exchange and nonce.
+        """
+        session = self._load()
+        if session is None or session.context != context:
+            seal, mask = keys.private_key(), keys.private_key()
+            entry = Entry(keys.public_of(seal), keys.public_of(mask))
+            session = _Session(context, entry.write().hex(), seal.hex(), mask.hex())
+            self._save(session)
+        return bytes.fromhex(session.public)
+
+    def shares(self, context: str, roster: bytes) -> bytes:
+        """Share this client's two secrets among its neighbours.
+
+        Args:
+            context: of the session.
+            roster: everybody's keys, as the server says.
+
+        Raises:
+            WireError: the list is none, or another one was answered already.
+        """
+        session = self._session(context)
+        return self._once(session, "shares", roster, lambda: self._share(session, roster))
+
+    def mask(self, context: str, letter: Masking, values: Words, bits: int) -> Words:
+        """Mask values; the same again for the same question.
+
+        Args:
+            context: of the session.
+            letter: who has shared, and what proves their keys.
+            values: modulo 2^bits.
+            bits: of the ring.
+
+        Raises:
+            WireError: neighbours' keys are not their own, too few are left, or other values were masked already.
+        """
+        session = self._session(context)
+        if "unmask" in session.asked:
+            raise WireError("this session has ended here, and its secrets are gone")
+        group = self._group(session)
+        near = group.require(letter.sharers, self.node, list(group.members))
+        if len(near) != len(letter.proofs):
+            raise WireError(f"{len(letter.proofs)} proofs came for {len(near)} neighbours")
+        for each, proof in zip(near, letter.proofs, strict=True):
+            self._identity.check(each, _statement(context, group, each), proof)
+        session.sharers = list(letter.sharers)
+        question = letter.write() + bytes([bits]) + hashlib.sha256(values.tobytes()).digest()
+        self._once(session, "mask", question, lambda: b"")
+        masked, key = values.copy(), bytes.fromhex(session.mask)
+        masked += words.mask(self_key(bytes.fromhex(session.seed), context, self.node), values.size, bits)
+        for each in near:
+            shared = pair_key(key, group.members[each].mask, context, self.node, each)
+            if each > self.node:
+                masked += words.mask(shared, values.size, bits)
+            else:
+                masked -= words.mask(shared, values.size, bits)
+        return words.reduced(masked, bits)
+
+    def unmask(self, context: str, letter: Unmasking) -> bytes:
+        """Reveal one share of each neighbour that has shared, and of oneself; then forget all secrets.
+
+        Raises:
+            WireError: too few are left, or another question was answered already.
+        """
+        session = self._session(context)
+        if "mask" not in session.asked:
+            raise WireError("this client is asked for shares, and has masked nothing")
+
+        def reveal() -> bytes:
+            revealed = self._reveal(session, letter)
+            session.seal = session.mask = session.seed = session.own_share = ""
+            return revealed
+
+        return self._once(session, "unmask", letter.write(), reveal)
+
+    def _share(self, session: _Session, roster: bytes) -> bytes:
+        members = entries(roster)
+        if self.node not in members or members[self.node].write().hex() != session.public:
+            raise WireError("a list of keys does not hold this client's own")
+        group = self.rules.group(members)
+        near, threshold = group.neighbours(self.node), group.threshold(self.node)
+        seed = secrets.token_bytes(shamir.SECRET_BYTES)
+        mask, seal = bytes.fromhex(session.mask), bytes.fromhex(session.seal)
+        holders = [each + 1 for each in (*near, self.node)]
+        parts = [shamir.split(secret, threshold, holders) for secret in (seed, mask)]
+        both = {holder - 1: parts[0][holder] + parts[1][holder] for holder in holders}
+        sealed = [
+            keys.sealed(_seal_key(seal, members[each].seal, session.context, self.node, each), both[each])
+            for each in near
+        ]
+        session.seed, session.own_share = seed.hex(), both[self.node].hex()
+        session.roster = roster.hex()
+        proof = self._identity.prove(_statement(session.context, group, self.node))
+        return Shares(hashlib.sha256(seed).digest(), sealed, proof).write()
+
+    def _reveal(self, session: _Session, letter: Unmasking) -> bytes:
+        group = self._group(session)
+        group.require(letter.survivors, self.node, session.sharers)
+        near = [each for each in group.neighbours(self.node) if each in set(session.sharers)]
+        if len(letter.sealed) != len(near):
+            raise WireError(f"{len(letter.sealed)} sealed shares came of {len(near)} neighbours")
+        seal = bytes.fromhex(session.seal)
+        found = {self.node: bytes.fromhex(session.own_share)}
+        for each, content in zip(near, letter.sealed, strict=True):
+            key = _seal_key(seal, group.members[each].seal, session.context, each, self.node)
+            found[each] = keys.opened(key, content) or 2 * NO_SHARE
+        size = shamir.SHARE_BYTES
+        return b"".join(
+            found[each][:size] if each in letter.survivors else found[each][size:] for each in sorted(found)
+        )
+
+    def _group(self, session: _Session) -> Group:
+        if "shares" not in session.asked:
+            raise WireError("this client has shared nothing yet in this session")
+        return self.rules.group(entries(bytes.fromhex(session.roster)))
+
+    def _once(self, session: _Session, step: str, question: bytes, answer: Callable[[], bytes]) -> bytes:
+        """Answer a step's question; the same again as before, and no other."""
+        digest = hashlib.sha256(question).hexdigest()
+        if step not in session.asked:
+            session.answers[step] = answer().hex()
+            session.asked[step] = digest
+            self._save(session)  # before anything is sent
+        elif session.asked[step] != digest:
+            raise WireError(f"this client has answered another question of step {step!r} in this session")
+        return bytes.fromhex(session.answers[step])
+
+    def _session(self, context: str) -> _Session:
+        session = self._load()
+        if session is None or session.context != context:
+            raise WireError("this client is in no such session of secure aggregation, or no longer")
+        return session
+
+    def _load(self) -> _Session | None:
+        content = self._vault.load()
+        return None if content is None else _Session(**json.loads(content))
+
+    def _save(self, session: _Session) -> None:
+        self._vault.save(json.dumps(asdict(session)).encode())
+
+
+def pair_key(private: bytes, public: bytes, context: str, one: int, other: int) -> bytes:
+    """Return what two clients' common mask is drawn from."""
+    return keys.agree(private, public, purpose("mask", context, *sorted((one, other))))
+
+
+def self_key(seed: bytes, context: str, node: int) -> bytes:
+    """Return what a client's own mask is drawn from."""
+    return keys.derive(seed, purpose("self", context, node))
+
+
+def _seal_key(private: bytes, public: bytes, context: str, sender: int, receiver: int) -> bytes:
+    return keys.agree(private, public, purpose("seal", context, sender, receiver))
+
+
+def _statement(context: str, group: Group, node: int) -> bytes:
+    return purpose("list", context, node) + b"/" + group.digest

@@ -1,0 +1,102 @@
+"""What both sides must agree on in a session, and what each client holds the server to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedllm.errors import WireError
+from fedllm.secagg import graph
+from fedllm.secagg.letters import Entry, roster
+
+__all__ = ["LEAST", "Group", "Rules", "purpose"]
+
+LEAST = 3
+"""Clients in a sum at least: of two, each would know the other's update."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a run's configuration says of its sessions.
+
+    Attributes:
+        share: of those who take part, more than this must stay to the end; at least 0.5, so that no secret's
+            shares suffice for it and for its counterpart.
+        degree: neighbours of each client, even; None for all others.
+        least: clients without which there is no session.
+    """
+
+    share: float
+    degree: int | None
+    least: int
+
+    def group(self, members: Mapping[int, Entry]) -> Group:
+        """Return the session's clients and who of them masks against whom.
+
+        Raises:
+            WireError: they are too few.
+        """
+        if len(members) < max(self.least, LEAST):
+            raise WireError(f"{len(members)} clients are too few to hide one among; it takes {self.least}")
+        return Group(self, dict(members), hashlib.sha256(roster(members)).digest())
+
+
+@dataclass(frozen=True)
+class Group:
+    """The clients of a session.
+
+    Attributes:
+        rules: of the run.
+        members: everybody's keys.
+        digest: SHA-256 of all keys: what everybody signs, and what the graph is drawn by.
+    """
+
+    rules: Rules
+    members: Mapping[int, Entry]
+    digest: bytes
+
+    def neighbours(self, client: int) -> list[int]:
+        """Return who masks against a client and holds shares of its secrets, ascending."""
+        return graph.neighbours(sorted(self.members), client, self.rules.degree, self.digest)
+
+    def threshold(self, client: int) -> int:
+        """Return how many shares give a client's secrets: it holds one itself."""
+        return graph.quorum(len(self.neighbours(client)) + 1, self.rules.share)
+
+    @property
+    def quorum(self) -> int:
+        """Clients who must stay."""
+        return max(graph.quorum(len(self.members), self.rules.share), self.rules.least, LEAST)
+
+    def require(self, clients: Sequence[int], client: int, whole: Sequence[int]) -> list[int]:
+        """Return a client's neighbours among those who are left, if these are enough.
+
+        Args:
+            clients: who is left.
+            client: who asks; one of them.
+            whole: of whom they are left.
+
+        Raises:
+            WireError: they are too few, or not among those.
+        """
+        if client not in clients or not set(clients) <= set(whole):
+            raise WireError("a list of clients leaves out the one that is asked, or names strangers")
+        near = [each for each in self.neighbours(client) if each in set(clients)]
+        if len(clients) < self.quorum or len(near) + 1 < self.threshold(client):
+            raise WireError(
+                f"{len(clients)} of {len(self.members)} clients are left, {self.quorum} is the least "
+                "that a sum may be of (privacy.threshold)"
+            )
+        return near
+
+
+def purpose(kind: str, context: str, *clients: int) -> bytes:
+    """Name what a key is for: one key, one use.
+
+    Args:
+        kind: of use.
+        context: names the session, its run, round and exchange.
+        clients: whose key it is, in the order that the use has.
+    """
+    return "/".join([kind, context, *map(str, clients)]).encode()
