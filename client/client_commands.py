@@ -50,6 +50,9 @@ def client(
         bool, typer.Option("--pause-on-metered", help="Wait while its network is metered.")
     ] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="As the server was started.")] = False,
+    secure_only: Annotated[
+        bool, typer.Option("--secure-only", help="Refuse runs without secure aggregation.")
+    ] = False,
     accelerator: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -72,6 +75,7 @@ def client(
         pause_on_battery=pause_on_battery,
         pause_on_metered=pause_on_metered,
         insecure=insecure,
+        secure_only=secure_only,
     )
     if check:
         _check(here, run, as_json)

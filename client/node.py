@@ -29,6 +29,8 @@ class NodeContext:
         keep_replies: answer a repeated instruction from the disk, as a device should.
         keep_runs, state_limit: bounds of what a device keeps of other runs: :mod:`client.device.collection`.
         memory: bytes that the worker may take; 0 leaves it to the machine.
+        bundle: folder of a device's keys; empty where it has none, as in a simulation.
+        secure_only: whether a device answers only where its update is masked.
     """
 
     node: int
@@ -39,6 +41,8 @@ class NodeContext:
     keep_runs: int = KEEP_RUNS
     state_limit: int = 0
     memory: int = 0
+    bundle: str = ""
+    secure_only: bool = False
 
     @property
     def on_device(self) -> bool:
@@ -55,7 +59,11 @@ class NodeContext:
             keep_runs = int(context.node_config.get("keep-runs", KEEP_RUNS))
             limit = int(context.node_config.get("state-limit", 0))
             memory = int(context.node_config.get("memory", 0))
-            return cls(node, data, str(state), str(state), True, keep_runs, limit, memory)
+            bundle = str(context.node_config.get("bundle", ""))
+            secure_only = bool(context.node_config.get("secure-only", False))
+            return cls(
+                node, data, str(state), str(state), True, keep_runs, limit, memory, bundle, secure_only
+            )
         clients = Path(str(context.run_config[FOLDER_KEY])) / "clients"
         return cls(node, "", str(clients / str(node)), str(clients), keep_replies=False)
 

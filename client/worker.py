@@ -18,6 +18,7 @@ import psutil
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
+from client import secure
 from client.device.collection import Bounds, collect, mark
 from client.memory import GlobalMemory, Local, NodeMemory
 from client.node import NodeContext
@@ -65,6 +66,7 @@ def answer(content: RecordDict, config: str, place: NodeContext) -> RecordDict:
     try:
         if place.on_device:  # which runs no code that a server names
             _require_harmless(RunConfig.from_json(config))
+            secure.require_masked(RunConfig.from_json(config), place)
         content = _Task(instruction, open_session(config, place.data), place).answer()
         _note(content, instruction, place)
         return content
@@ -104,6 +106,19 @@ class _Task:
     def answer(self) -> RecordDict:
         if self.instruction.kind == "describe":
             return self._describe()
+        if not self.config.privacy.secure_aggregation:
+            return self._plain()
+        place, instruction = self.place, self.instruction
+        if instruction.kind in wire.SESSION:
+            return secure.answer(self.config, place, instruction)
+        secure.require_session(instruction)
+        reply = self._plain()
+        if wire.failure_of(reply):
+            return reply
+        return secure.masked(self.session, place, instruction, wire.unpack_reply(reply))
+
+    def _plain(self) -> RecordDict:
+        """Answer as where nothing is masked; a device keeps this answer, and sends it only so."""
         memory = NodeMemory(
             Path(self.place.folder) / self.instruction.run, keep_replies=self.place.keep_replies
         )

@@ -12,17 +12,17 @@ import torch
 from fedllm.errors import RejectedReply
 from fedllm.tensors import Spec, Tensors
 
-__all__ = ["LARGEST", "WeightedSum", "weighted_mean"]
+__all__ = ["FRACTION_BITS", "LARGEST", "WeightedSum", "in_units", "weighted_mean"]
 
 LARGEST = 2.0**61
 """A reply is refused from here on: the largest ``weight * |value|`` in it, about 2.3e18."""
 
-_FRACTION_BITS = 36
+FRACTION_BITS = 36
+"""Of the unit of sums."""
 _WORD_BITS = 61
-_HALF_WORD = 1 << _WORD_BITS - 1
 _PIECE = 2**16
 """Values that are added at a time."""
-_SMALL = 2.0 ** (_WORD_BITS - 1 - _FRACTION_BITS)
+_SMALL = 2.0 ** (_WORD_BITS - 1 - FRACTION_BITS)
 """Replies below this, about 1.7e7, fit the low words as they are."""
 
 
@@ -77,10 +77,30 @@ class WeightedSum:
         flat = {name: tensors[name].reshape(-1) for name in self._low}  # may copy: from here on nothing does
         for name, low in self._low.items():
             high = self._high[name] if reach >= _SMALL else None
-            _scratch().add(flat[name], float(weight) * 2.0**_FRACTION_BITS, low, high)
+            _scratch().add(flat[name], float(weight) * 2.0**FRACTION_BITS, low, high)
         self._reach += min(reach, _SMALL)
         self.weight += weight
         self.count += 1
+
+    def add_total(self, total: Tensors, fraction: int, weight: int, count: int) -> None:
+        """Fold a sum of replies in, as if each had been: what :func:`in_units` made of them, added up.
+
+        Args:
+            total: int64, exactly the names and shapes of the spec.
+            fraction: of their unit, 2^-fraction; at most that of sums.
+            weight: of the replies together.
+            count: how many they were.
+        """
+        shift = FRACTION_BITS - fraction
+        bits = _WORD_BITS - shift
+        self._carry()
+        for name, low in self._low.items():
+            above, rest = _split(total[name], bits)
+            low.add_(rest.bitwise_left_shift_(shift))
+            self._high[name].add_(above)
+        self._reach += _SMALL
+        self.weight += weight
+        self.count += count
 
     def _carry(self) -> None:
         """Move what exceeds half a word from the low words to the high ones."""
@@ -97,8 +117,8 @@ class WeightedSum:
             # Split anew, so that it does not matter when something was carried.
             above, rest = _split(low)
             high = above + self._high[name] if name in self._high else above
-            found[name] = rest.double().mul_(2.0**-_FRACTION_BITS)
-            found[name].add_(high.double(), alpha=2.0 ** (_WORD_BITS - _FRACTION_BITS))
+            found[name] = rest.double().mul_(2.0**-FRACTION_BITS)
+            found[name].add_(high.double(), alpha=2.0 ** (_WORD_BITS - FRACTION_BITS))
         return found
 
     def mean(self) -> Tensors:
@@ -152,7 +172,16 @@ def weighted_mean(numbers: Iterable[tuple[float, int]]) -> float:
     return math.fsum(number * weight for number, weight in pairs) / sum(weight for _, weight in pairs)
 
 
-def _split(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write integers as ``above * 2^61 + rest`` with rest from -2^60 up to 2^60, in the one way there is."""
-    above = words.add(_HALF_WORD).bitwise_right_shift_(_WORD_BITS)
-    return above, words - above.bitwise_left_shift(_WORD_BITS)
+def in_units(values: torch.Tensor, weight: int, fraction: int) -> torch.Tensor:
+    """Return ``weight * values`` in units of 2^-fraction, rounded to integers as sums round; float64.
+
+    >>> in_units(torch.tensor([0.75]), 2, 1).tolist()
+    [3.0]
+    """
+    return values.double().mul_(float(weight) * 2.0**fraction).round_()
+
+
+def _split(words: torch.Tensor, bits: int = _WORD_BITS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write integers as ``above * 2^bits + rest``, in one way: rest in [-2^(bits - 1), 2^(bits - 1))."""
+    above = words.add(1 << bits - 1).bitwise_right_shift_(bits)
+    return above, words - above.bitwise_left_shift(bits)

@@ -54,6 +54,10 @@ class Averaging(Method):
         acc.updates.add(reply.tensors, reply.examples)
         return acc
 
+    def summed(self, acc: MeanAccumulator) -> WeightedSum | None:
+        """Server: return the sum of updates, where they are summed."""
+        return acc.updates if isinstance(acc.updates, WeightedSum) else None
+
     def step(self, state: State, acc: MeanAccumulator) -> Step:
         """Server: take the mean update."""
         if not acc.updates.count:

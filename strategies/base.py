@@ -23,6 +23,7 @@ from fedllm.models.evaluation import evaluate
 from fedllm.models.model import Model
 from fedllm.models.saving import save
 from fedllm.protocol.wire import Scalar
+from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, spec_of
 from strategies.tryout import require_gradients, undone
 
@@ -168,6 +169,9 @@ class Method(ABC):
     averages: bool = False
     """Whether a round is what :func:`strategies.robust.average` makes of its updates: see ``server.robust``.
     No, where a reply is more than an update, or where products of replies are summed."""
+    sums: bool = False
+    """Whether folding ``fit`` replies only adds them to :meth:`summed`: see ``privacy.secure_aggregation``.
+    No, where each is divided, multiplied or replayed by itself first, or where there is a setup."""
     lacking: str = ""
     """What the global tensors lack to be a model that answers texts, as a clause; empty where it is one."""
 
@@ -209,6 +213,14 @@ class Method(ABC):
     @abstractmethod
     def step(self, state: State, acc: Any) -> Step:
         """Server, on commit: turn what was folded into the next global tensors."""
+
+    def summed(self, acc: Any) -> WeightedSum | None:
+        """Server: return the sum to which folding a ``fit`` reply adds its tensors, weighted by texts.
+
+        Returns:
+            None where folding is more than that; never where :attr:`sums`.
+        """
+        return None
 
     def stride(self, tensors: Tensors) -> float | None:
         """Server: about how long a client's update is; unset where a long one does no harm by itself.

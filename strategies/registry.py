@@ -94,6 +94,12 @@ def open_method(config: RunConfig) -> Method:
             'takes none, but sums of slopes, of products or of what belongs together: take method "fedavg", '
             '"fedkd", or "lora" with rule fedit, ffa, alternate or fedsa, or server.robust = "none"'
         )
+    if config.privacy.secure_aggregation and not method.sums:
+        raise ConfigError(
+            f"privacy.secure_aggregation = true gives the server the sum of a round's replies, and {which} "
+            'needs each: take method "fedavg", "fedkd", "scaffold", "lora" with rule fedit, ffa or '
+            'alternate, or "mezo" with mezo.candidates above 0, whose clients share their directions'
+        )
     if config.buffered and not method.asynchronous:
         raise ConfigError(
             'server.mode = "async" adds up updates that began from different versions of the global tensors, '
@@ -107,12 +113,15 @@ def open_codecs(config: RunConfig) -> Codecs:
     """Return a run's codecs, its plug-ins loaded.
 
     Raises:
-        ConfigError: a plug-in or the text of a codec cannot be used.
+        ConfigError: a plug-in or a codec's text cannot be used, or its codes cannot be summed and must be.
     """
     from fedllm.codecs import Codecs
 
     plugins.load(config.plugins)
-    return Codecs.of(config.codec)
+    codecs = Codecs.of(config.codec)
+    if config.privacy.secure_aggregation:
+        _require_summable(config, codecs)
+    return codecs
 
 
 def resolve_keys(document: Mapping[str, Any], overrides: Iterable[Override] = ()) -> RunConfig:
@@ -156,6 +165,22 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
             "for a while does not have; use error_feedback"
         )
     return config
+
+
+def _require_summable(config: RunConfig, codecs: Codecs) -> None:
+    """Refuse codecs whose codes of two clients cannot be added."""
+    up, clip = codecs.up, config.privacy.clip
+    if up.grid is None and str(up) != "none":
+        raise ConfigError(
+            f"codec.up = {config.codec.up!r}: under privacy.secure_aggregation codes are added before "
+            "anybody decodes them, which takes one grid for all clients, all values and no tables: take "
+            '"fixed(bits=8, fraction=12)", or "none"'
+        )
+    if up.grid is not None and clip is not None:
+        raise ConfigError(
+            f"codec.up = {config.codec.up!r} rounds after a client has clipped to privacy.clip = {clip:g}, "
+            'and under privacy.secure_aggregation nobody clips again: take codec.up = "none", or no clip'
+        )
 
 
 def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:

@@ -60,6 +60,7 @@ class Device:
         pause_on_battery: take no part while the device runs on battery.
         pause_on_metered: take no part while NetworkManager calls the link metered.
         insecure: no TLS and no key, as the server was started.
+        secure_only: take no part in a run in which the server would see this device's update by itself.
         apps: installed Flower apps that it runs, as ``module:attribute``.
     """
 
@@ -75,6 +76,7 @@ class Device:
     pause_on_battery: bool = False
     pause_on_metered: bool = False
     insecure: bool = False
+    secure_only: bool = False
     apps: tuple[str, ...] = (APP,)
 
     @property

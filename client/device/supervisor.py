@@ -254,7 +254,10 @@ def _prepare(device: Device, worker_socket: Path, log: logging.Logger) -> _Proce
         "worker-socket": str(worker_socket),
         "keep-runs": device.bounds.runs,
         "state-limit": device.bounds.bytes,
+        "secure-only": device.secure_only,
     }
+    if not device.insecure:
+        facts["bundle"] = str(device.bundle.folder)
     if device.memory is not None:
         facts["memory"] = device.memory
     if device.data is not None:

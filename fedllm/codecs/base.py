@@ -142,6 +142,11 @@ class FramedCodec(ABC):
         """Residuals or estimates are carried from message to message."""
         return False
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(f, m) if every sender's values are multiples of 2^-f, up to m of them: such codes can be added."""
+        return None
+
     @abstractmethod
     def __str__(self) -> str:
         """Return the canonical text: parsing it gives an equal codec."""

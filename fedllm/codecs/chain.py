@@ -165,6 +165,11 @@ class Chain(FramedCodec):
         """All pieces are."""
         return all(piece.contractive for piece in self._pieces)
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """That of a quantizer which takes the values as they are, with no coder after it."""
+        return getattr(self.quantizer, "grid", None) if "|" not in self.text else None
+
     def contracted(self) -> Chain:
         """Return the chain of its pieces' smallest-error variants."""
         transforms = tuple(transform.contracted() for transform in self.transforms)

@@ -102,6 +102,7 @@ class RunConfig(Section):
         self._require_mode()
         self._require_robust()
         self._require_attack()
+        self._require_secure()
         require(
             self.quorum <= self.cohort or self.buffered,
             f"server.quorum = {server.quorum} can never be reached with {self.cohort} clients per round",
@@ -197,6 +198,30 @@ class RunConfig(Section):
                 f'server.robust = "{rule}" compares updates that began from the same tensors, and in '
                 'server.mode = "async" they do not: take mode "sync"'
             )
+
+    def _require_secure(self) -> None:
+        """Refuse what needs a single client's update or scores, where the server is to see none."""
+        privacy, server = self.privacy, self.server
+        if not privacy.secure_aggregation:
+            for key in ("threshold", "neighbours"):
+                if getattr(privacy, key) != type(privacy).model_fields[key].default:
+                    raise ValueError(
+                        f"privacy.{key} is for privacy.secure_aggregation = true: set that, or leave it out"
+                    )
+            return
+        for wrong, key, instead in (
+            (self.cohort < 3, f"server.sample = {self.cohort}", "a sum of three clients or more"),
+            (self.buffered, 'server.mode = "async"', 'mode "sync", in which clients meet in a round'),
+            (server.robust != "none", f'server.robust = "{server.robust}"', "privacy.clip, by each client"),
+            (server.outliers == "reject", 'server.outliers = "reject"', "privacy.clip, by each client"),
+            (server.max_update_norm is not None, "server.max_update_norm", "privacy.clip, by each client"),
+            (self.evaluation.clients, "evaluation.clients = true", "evaluation.every, on the server's texts"),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"privacy.secure_aggregation = true shows the server no single client, which {key} "
+                    f"needs: take {instead}, or leave one of the two out"
+                )
 
     def _require_attack(self) -> None:
         """Refuse an attack that would not take place."""

@@ -27,6 +27,7 @@ __all__ = [
     "LOG",
     "ONCE",
     "REFUSED",
+    "SESSION",
     "STALE",
     "VERSION",
     "Instruction",
@@ -63,6 +64,9 @@ LOG = "log"
 ONCE = "forward_once"
 """The metric that says how many of a reply's forward passes a simulated device makes once in a run."""
 
+SESSION = ("keys", "shares", "unmask")
+"""Kinds of the exchanges that secure aggregation holds around one of a method's."""
+
 REFUSED = "refused"
 """The argument of ``describe`` that says why the server did not take the node's last introduction."""
 
@@ -79,7 +83,7 @@ class Instruction:
 
     Attributes:
         run: identity of the run; client state of other runs is never touched.
-        kind: ``describe``, ``setup``, ``fit`` or ``evaluate``.
+        kind: ``describe``, ``setup``, ``fit`` or ``evaluate``, or one of :data:`SESSION`.
         round, index, attempt: the round, the exchange within it, and how often the round was begun.
             The answer is a function of (run, round, index), never of the attempt.
         base: version of the global tensors to work on.
@@ -90,6 +94,7 @@ class Instruction:
         counted: (round, index) of this client's newest reply that counted; (0, 0) if none did.
         progress: share of the rounds that is done, in [0, 1).
         arguments: the method's own.
+        session: what secure aggregation says, see :mod:`fedllm.secagg`; empty where there is none.
     """
 
     run: str
@@ -106,6 +111,7 @@ class Instruction:
     progress: float = 0.0
     arguments: Mapping[str, Scalar] = field(default_factory=dict)
     payload: bytes = b""
+    session: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
             "progress": float(instruction.progress),
         }
     )
+    if instruction.session:
+        header["session"] = instruction.session
     content = RecordDict({_HEADER: header})
     if instruction.arguments:
         content[_ARGUMENTS] = ConfigRecord(dict(instruction.arguments))
@@ -169,6 +177,9 @@ def unpack_instruction(content: RecordDict) -> Instruction:
     arguments = content.get(_ARGUMENTS, ConfigRecord())
     if not isinstance(arguments, ConfigRecord):
         raise WireError("the arguments are not a configuration record")
+    session = header.get("session", b"")
+    if not isinstance(session, bytes):
+        raise WireError("header field session is malformed")
     run = _text(header, "run")
     if not _RUN.fullmatch(run):  # clients name folders after it
         raise WireError(f"run {run[:40]!r} is not a plain name")
@@ -189,6 +200,7 @@ def unpack_instruction(content: RecordDict) -> Instruction:
             key: value for key, value in arguments.items() if isinstance(value, bool | int | float | str)
         },
         payload=payload,
+        session=session,
     )
 
 

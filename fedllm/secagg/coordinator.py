@@ -1,4 +1,4 @@
-"""The server's half of secure aggregation: it passes on what clients say, adds up, and takes the masks off the sum."""
+"""The server's half of secure aggregation: it passes letters on, adds up, and takes the masks off."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Coordinator"]
 
 
 class Coordinator:
-    """One session. What each client sends is taken in order of the steps; see :mod:`fedllm.secagg.participant`.
+    """One session, step by step; see :mod:`fedllm.secagg.participant`.
 
     Args:
         rules: of the run.

@@ -1,4 +1,4 @@
-"""Whose keys a session's keys are: nodes sign with the key that their bundle holds, peers check the certificate.
+"""Whose keys a session's keys are: nodes sign with their bundle's key, peers check the certificate.
 
 The certificate is of the federation's authority and names the node by its number, so that a server which
 does not hold the authority's key cannot put itself in a node's place.
@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, Self
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, load_ssh_private_key
 from cryptography.x509.oid import NameOID
 
-from fedllm.errors import WireError
+from fedllm.errors import ConfigError, WireError
 
-__all__ = ["Certified", "Identity", "Unproven", "subject"]
+__all__ = ["CERTIFICATE", "Certified", "Identity", "Unproven", "subject"]
+
+CERTIFICATE = "node.pem"
+"""In a node's bundle."""
 
 _SIGNS = ec.ECDSA(hashes.SHA256())
 _CONTEXT = b"fedllm secagg keys 1\0"
@@ -62,6 +66,29 @@ class Certified:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
     authority: x509.Certificate
+
+    @classmethod
+    def read(cls, bundle: Path) -> Self:
+        """Read a node's bundle.
+
+        Raises:
+            ConfigError: it holds no certificate, or what it holds does not belong together.
+        """
+        try:
+            key = load_ssh_private_key((bundle / "node.key").read_bytes(), password=None)
+            certificate = x509.load_pem_x509_certificate((bundle / CERTIFICATE).read_bytes())
+            authority = x509.load_pem_x509_certificate((bundle / "ca.pem").read_bytes())
+            certificate.verify_directly_issued_by(authority)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{error.filename} is missing, which proves this node's keys under secure aggregation: an "
+                "older fedllm made this bundle; have the operator make one with fedllm provision --add-node"
+            ) from error
+        except (OSError, ValueError, TypeError, InvalidSignature) as error:
+            raise ConfigError(f"{bundle} proves nobody's keys ({error}); copy the bundle again") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+            raise ConfigError(f"{bundle / CERTIFICATE} is not of node.key beside it; copy the bundle again")
+        return cls(key, certificate, authority)
 
     def prove(self, statement: bytes) -> bytes:
         """Sign, and show the certificate."""

@@ -1,4 +1,4 @@
-"""Keys of one session: agreement by X25519 (RFC 7748), derivation by HKDF-SHA256, sealing by ChaCha20-Poly1305."""
+"""Keys of one session: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def agree(private: bytes, public: bytes, purpose: bytes) -> bytes:
     True
     """
     try:
-        shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+        shared = X25519PrivateKey.from_private_bytes(private).exchange(
+            X25519PublicKey.from_public_bytes(public)
+        )
     except ValueError as error:
         raise WireError(f"a peer's key is none that can be agreed with: {error}") from error
     return derive(shared, purpose)

@@ -1,9 +1,9 @@
 """What a server writes to the clients of a session, and they to it, as bytes.
 
-    keys      server: a nonce                              client: two public keys
-    shares    server: everybody's keys                     client: sealed shares for its neighbours, a proof
-    fit       server: who has shared, neighbours' proofs   client: masked values, elsewhere
-    unmask    server: whose values came, sealed shares     client: one share of each neighbour
+keys      server: a nonce                              client: two public keys
+shares    server: everybody's keys                     client: sealed shares for its neighbours, a proof
+fit       server: who has shared, neighbours' proofs   client: masked values, elsewhere
+unmask    server: whose values came, sealed shares     client: one share of each neighbour
 """
 
 from __future__ import annotations

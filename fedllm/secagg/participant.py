@@ -2,7 +2,7 @@
 
     keys      draws two key pairs, for sealing and for masking
     shares    draws the seed of its self-mask; shares it and its mask key among its neighbours, sealed
-    mask      y_u = x_u + PRG(b_u) + sum_(v > u) PRG(k_uv) - sum_(v < u) PRG(k_uv)   over neighbours that shared
+    mask      y_u = x_u + PRG(b_u) + sum_(v > u) PRG(k_uv) - sum_(v < u) PRG(k_uv)   over neighbours
     unmask    of each neighbour ONE share: of the seed if its values came, of its mask key if they did not
 
 Each step of a session is answered once: the same question again has the same answer, any other is refused. So
@@ -111,7 +111,7 @@ class Participant:
             bits: of the ring.
 
         Raises:
-            WireError: neighbours' keys are not their own, too few are left, or other values were masked already.
+            WireError: neighbours' keys are not their own, too few are left, or other values were masked.
         """
         session = self._session(context)
         if "unmask" in session.asked:

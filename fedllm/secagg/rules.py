@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
+from fedllm.config import RunConfig
 from fedllm.errors import WireError
 from fedllm.secagg import graph
 from fedllm.secagg.letters import Entry, roster
@@ -30,6 +32,11 @@ class Rules:
     share: float
     degree: int | None
     least: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """Return a run's rules."""
+        return cls(config.privacy.threshold, config.privacy.neighbours, config.quorum)
 
     def group(self, members: Mapping[int, Entry]) -> Group:
         """Return the session's clients and who of them masks against whom.

@@ -46,6 +46,8 @@ def mask(key: bytes, count: int, bits: int) -> Words:
 
     Args:
         key: 32 bytes, which make one stream only: the nonce is zero.
+        count: of integers.
+        bits: of each.
     """
     width = _width(bits)
     cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()

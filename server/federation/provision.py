@@ -7,7 +7,8 @@
       signing.pem signing-key.pem what signs the rounds of runs (Ed25519); stays when the server's is renewed
       nodes/node-0.pub ...       public keys of the nodes that may join
       revoked/node-3.pub ...     public keys of those that no longer may
-      bundles/node-0/ ...        bundle.toml, ca.pem, node.key: copied to the device, then deleted here
+      bundles/node-0/ ...        bundle.toml, ca.pem, node.key, node.pem (certifies it): copied to the device,
+                                 then deleted here
 
 Private keys are written with mode 0600 and never shown; a node's private key stands in its bundle only.
 """
@@ -41,6 +42,7 @@ from fedllm.errors import ConfigError
 from fedllm.protocol.seals import seal
 from fedllm.runs.durable import disk_errors, replace_file, write_private
 from fedllm.runs.provenance.chain import Signer, own_signer
+from fedllm.secagg.identity import CERTIFICATE, subject
 
 __all__ = [
     "Federation",
@@ -145,6 +147,7 @@ def add_node(folder: Path) -> Path:
     bundle.mkdir(parents=True, mode=0o700)
     write_private(bundle / "node.key", key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     (bundle / "ca.pem").write_bytes(authority)
+    (bundle / CERTIFICATE).write_bytes(_certify_own(folder, subject(number), key.public_key()))
     description = {
         "server": address_of(document["host"], document["port"]),
         "node": number,
@@ -163,14 +166,18 @@ def signer(folder: Path) -> Signer:
     """Return what signs the rounds of a federation's runs; made where an older fedllm provisioned it."""
     found, shown = own_signer(folder), folder / "signing.pem"
     if not shown.exists():
-        authority, key = _authority(folder)
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedllm rounds")])
-        builder = _builder(name, authority.subject, found.key.public_key(), CA_DAYS)
-        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
-        certificate = builder.sign(key, hashes.SHA384())
-        replace_file(shown, certificate.public_bytes(Encoding.PEM))
+        replace_file(shown, _certify_own(folder, name, found.key.public_key()))
     return Signer(found.key, shown.read_text())
+
+
+def _certify_own(folder: Path, name: x509.Name, key: ec.EllipticCurvePublicKey | Ed25519PublicKey) -> bytes:
+    """Return the authority's word, as PEM, for whose key one is that signs."""
+    authority, signs = _authority(folder)
+    builder = _builder(name, authority.subject, key, CA_DAYS)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
+    return builder.sign(signs, hashes.SHA384()).public_bytes(Encoding.PEM)
 
 
 @_on_disk

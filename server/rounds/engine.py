@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 from flwr.app import ArrayRecord, Message, MetricRecord
@@ -32,6 +33,7 @@ from server.rounds.exchange.bounds import Bounds
 from server.rounds.exchange.conversation import converse
 from server.rounds.exchange.intake import Intake
 from server.rounds.exchange.messages import LEAST_BOUND, Messages, OpenExchange
+from server.rounds.exchange.secure import Secure
 from server.rounds.exchange.told import averages, spreads
 from server.rounds.orders import Orders
 from server.rounds.roster import Roster, sample
@@ -225,6 +227,7 @@ class Engine(Strategy):
         norms: list[float] = []
         values = 0
         log.replies.clear()
+        log.lack = ""
         cohort = sample(available, config.cohort + config.server.over_select, config.seed, number)
         nodes, wanted = (available, len(available)) if number == 0 else (cohort, config.cohort)
         buffered, index = config.buffered and number > 0, 0
@@ -237,6 +240,8 @@ class Engine(Strategy):
                 self._allow(self._messages.most(self._open, self.state.current))
             if buffered:
                 self._buffered.fill(grid, self._open)
+            elif config.privacy.secure_aggregation:
+                self._hold_secure(grid, number)
             else:
                 self._hold(grid, number)
             acc, accepted = self._open.acc, self._open.accepted
@@ -254,6 +259,36 @@ class Engine(Strategy):
         self.state.usual.learn(norms, values)
         self._bounds.name_outliers(log)
         return acc, taking_part
+
+    def _hold_secure(self, grid: Grid, number: int) -> None:
+        """Hold the open exchange as a session of secure aggregation, and fold the sum that it gives."""
+        asked = self._opened
+        place = f"{self._messages.run}/{number}/{asked.index}"
+        declared = self._roster.declared
+        secure = Secure(self.config, self.codecs.up, place, declared, asked.limits.examples)
+
+        def hold(kind: str, nodes: list[int] | None) -> OpenExchange:
+            exchange = asked.exchange if kind == asked.exchange.kind else Exchange(kind)
+            whom = (asked.nodes, asked.wanted) if nodes is None else (nodes, len(nodes))
+            self._open = OpenExchange(
+                exchange, asked.index, *whom, None, asked.log, asked.limits, secure=secure
+            )
+            self._hold(grid, number)
+            return self._open
+
+        masked = secure.hold(asked.exchange.kind, hold)
+        if isinstance(masked, OpenExchange):
+            total = self.method.summed(asked.acc)
+            assert total is not None
+            try:
+                secure.add_to(total)
+                self._open = replace(masked, acc=asked.acc)
+                return
+            except RunFailed as error:
+                masked = str(error)
+        asked.log.lack = masked
+        self.store.event("secure", f"round {number}: {masked}", round=number)
+        self._open = asked
 
     def _hold(self, grid: Grid, number: int) -> None:
         """Hold the open exchange: ask, fold, and say who stayed silent."""

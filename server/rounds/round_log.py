@@ -41,6 +41,7 @@ class RoundLog:
         kept: clients that have what their forward passes make once in a run.
         simulated: seconds after which each client's device answered in the open exchange, if simulated.
         replies: client and digest of each reply that counts, of this attempt.
+        lack: what kept a secure sum from being opened, in this attempt.
         codec_up: bytes of uploads by what the codec's stages wrote: header, scales, codes, indices, ...
     """
 
@@ -50,6 +51,7 @@ class RoundLog:
     entries: list[Entry] = field(default_factory=list)
     nodes: list[NodeRound] = field(default_factory=list)
     replies: list[tuple[int, str]] = field(default_factory=list)
+    lack: str = ""
     codec_up: Counter[str] = field(default_factory=Counter)
     kept: set[int] = field(default_factory=set)
     simulated: dict[int, float] = field(default_factory=dict)
@@ -135,8 +137,10 @@ class RoundLog:
 
     @property
     def last_reason(self) -> str:
-        """Why the last reply that did not count did not."""
-        return next((row.reason for row in reversed(self.nodes) if row.reason), "no client was there")
+        """Why the last reply that did not count did not, or the sum of all did not."""
+        return self.lack or next(
+            (row.reason for row in reversed(self.nodes) if row.reason), "no client was there"
+        )
 
     def record(
         self,
@@ -148,7 +152,8 @@ class RoundLog:
         rss: int,
     ) -> RoundRecord:
         """Sum the round up; ``rss`` is the server's own peak."""
-        worked = [row for row in self.nodes if row.exchange != "evaluate" and row.attempt == self.attempt]
+        others = ("evaluate", *wire.SESSION)
+        worked = [row for row in self.nodes if row.exchange not in others and row.attempt == self.attempt]
         return RoundRecord(
             round=self.number,
             attempt=self.attempt,

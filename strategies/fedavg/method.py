@@ -27,6 +27,7 @@ class FedAvg(Averaging):
     Options = Options
     asynchronous = True
     averages = True
+    sums = True
 
     def __init__(self, config: RunConfig) -> None:
         if config.tuning.peft not in ("lora", "full"):  # "lora" is the section's default: not asked for

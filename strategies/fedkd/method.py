@@ -75,6 +75,7 @@ class FedKD(Averaging):
 
     Options = Options
     averages = True
+    sums = True
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

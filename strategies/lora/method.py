@@ -74,6 +74,7 @@ class Lora(Method):
         self.replays = self.rule == "fed-sb"
         self.asynchronous = self.rule in ("fedit", "ffa")  # which add mean changes to the old factors
         self.averages = self.rule in _AVERAGED and self.rule != "fed-sb"  # whose directions are a product's
+        self.sums = self.averages and self.rule != "fedsa"  # whose clients must score their own halves
         self.lacking = LACKING if self.rule == "fedsa" else ""
         self._taken: dict[str, lora.Factors] = {}
         check(config, self.options)
@@ -252,6 +253,10 @@ class Lora(Method):
         plain = {name: reply.tensors[name] for name in acc.sum.names}
         acc.sum.add(reply.node, factors, plain, reply.examples)
         return acc
+
+    def summed(self, acc: LoraAccumulator) -> WeightedSum | None:
+        """Server: return the sum of changes, where the rule takes no more."""
+        return acc.sum if isinstance(acc.sum, WeightedSum) else None
 
     def step(self, state: State, acc: LoraAccumulator) -> Step:
         """Server: apply the rule to each layer; heads and the like take their mean change."""

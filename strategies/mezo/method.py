@@ -64,6 +64,7 @@ class MeZO(Method):
         check_training(config)
         self.config = config
         self.options = Options.model_validate(config.options)
+        self.sums = self.options.candidates > 0
         check_codecs(config, fresh="" if self.options.candidates else "mezo.candidates", replayed=True)
         if not self.options.candidates:
             steps = config.training.local_steps
@@ -128,6 +129,10 @@ class MeZO(Method):
         else:
             acc.cohort.extend(reply.node, reply.tensors["slopes"].numpy(), reply.examples)
         return acc
+
+    def summed(self, acc: MeZOAccumulator) -> WeightedSum | None:
+        """Server: return the sums by candidate, where clients share their directions."""
+        return acc.sums
 
     def step(self, state: State, acc: MeZOAccumulator) -> Step:
         """Server: hand on what was folded as a record."""

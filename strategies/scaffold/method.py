@@ -38,6 +38,7 @@ class Scaffold(Averaging):
     """Clients tune what ``tuning.peft`` says, their steps corrected by control variates."""
 
     Options = Options
+    sums = True
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -51,6 +51,8 @@ ROWS = [
     Row("nf4", 4.5, 0.0086),
     Row("natural(bits=3)", 3 + 32 / 4096, 0.18),
     Row("natural(bits=4)", 4 + 32 / 4096, 0.085),
+    Row("fixed(bits=8, fraction=5)", 8, 1e-4),
+    Row("fixed(bits=12, fraction=9, stochastic=true)", 12, 1e-5),
     Row("rotate | sign", 1 + 32 / 4096, 0.573),
     Row("rotate | quantize(bits=1)", 1 + 32 / 4096, 0.573),
     Row("rotate | quantize(bits=1.5)", 1.5 + 32 / 4096, 0.36),

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from sympy import isprime
+from sympy import isprime  # type: ignore[import-untyped]
 
 from fedllm.errors import WireError
 from fedllm.secagg import graph, keys, shamir, words

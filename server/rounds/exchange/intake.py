@@ -97,7 +97,7 @@ class Intake:
             self._lost(node, opened.log.number)
         opened.accepted[node] = replace(told, examples=reply.examples)
         opened.digests[node] = wire.digest(told, self._messages.run, node)
-        norm = reply.norm if opened.exchange.kind == "fit" else None
+        norm = reply.norm if opened.exchange.kind == "fit" and opened.secure is None else None
         if norm is not None:
             opened.norms.append(norm)
             opened.values += sum(int(tensor.count_nonzero()) for tensor in reply.tensors.values())

@@ -16,6 +16,7 @@ from fedllm.protocol.wire import Instruction
 from fedllm.tensors import Spec, Tensors, dense_bytes, digest, spec_of
 from server.rounds import gates
 from server.rounds.exchange.downlink import Downlink
+from server.rounds.exchange.secure import Secure
 from server.rounds.roster import Member
 from server.rounds.round_log import RoundLog
 from server.rounds.state import ServerState
@@ -48,6 +49,7 @@ class OpenExchange:
         estimates: next receiver states of the uplink codec, by client; they count once the round does.
         begun: round in which each client was asked, and version of the global tensors that it began from.
         staleness: commits since each client whose reply counted began; all 0 but in mode ``async``.
+        secure: the session of secure aggregation that it is a step of, if any.
     """
 
     exchange: Exchange
@@ -66,6 +68,7 @@ class OpenExchange:
     estimates: dict[int, Tensors] = field(default_factory=dict)
     begun: dict[int, tuple[int, int]] = field(default_factory=dict)
     staleness: dict[int, int] = field(default_factory=dict)
+    secure: Secure | None = None
 
     @property
     def missing(self) -> int:
@@ -94,7 +97,9 @@ class Messages:
     def write(self, node: int, opened: OpenExchange, state: State, counted: tuple[int, int]) -> RecordDict:
         """Write one client's instruction; ``counted`` is (round, index) of its newest reply that counted."""
         opened.begun[node] = (opened.log.number, state.version)
-        start, sizes, payload = self.downlink.payload(node, state.version, state.tensors)
+        start, sizes, payload = wire.DENSE, tuple[int, ...](), b""
+        if opened.exchange.kind not in wire.SESSION:
+            start, sizes, payload = self.downlink.payload(node, state.version, state.tensors)
         instruction = Instruction(
             run=self.run,
             kind=opened.exchange.kind,
@@ -110,6 +115,7 @@ class Messages:
             progress=self._progress(opened.log.number),
             arguments=opened.exchange.arguments,
             payload=payload,
+            session=opened.secure.letter(opened.exchange.kind, node) if opened.secure else b"",
         )
         content = wire.pack_instruction(instruction)
         # What is not sent, such as the first version, which all derive for themselves, costs nothing dense.
@@ -142,6 +148,8 @@ class Messages:
         opened.log.crossed("up", node, kind, content, payload=len(reply.payload), dense=dense)
         if reply.error:
             return reply, None
+        if opened.secure is not None:
+            return reply, self._secured(opened.secure, reply, opened, member, view, at)
         expected: Spec = {} if kind == "evaluate" else self.method.spec(opened.exchange, view)
         if (reply.round, reply.index) != at:
             raise WireError(f"answers exchange {(reply.round, reply.index)}, asked was {at}")
@@ -155,12 +163,33 @@ class Messages:
         bounds = opened.limits if upload.coded else gates.Limits(opened.limits.examples)
         norm = gates.check(received.tensors, expected, bounds)
         tensors = self._uplink.clip(upload, received.tensors, norm)
-        held = member.held_out if kind == "evaluate" else member.examples
-        if not 0 < reply.examples <= held:
-            raise RejectedReply(f"claims {reply.examples} examples, but introduced itself with {held}")
+        _require_introduced(reply, member.held_out if kind == "evaluate" else member.examples)
         self.downlink.sent.known[node] = version
         weight = min(reply.examples, bounds.examples)
         return reply, Reply(node, tensors, weight, reply.metrics, reply.examples, norm)
+
+    def _secured(
+        self,
+        secure: Secure,
+        reply: wire.Reply,
+        opened: OpenExchange,
+        member: Member,
+        view: Tensors,
+        at: tuple[int, int],
+    ) -> Reply:
+        """Take in what a client says in a session of secure aggregation; its update cannot be read."""
+        kind, node = opened.exchange.kind, member.node
+        if (reply.round, reply.index) != at:
+            raise WireError(f"answers exchange {(reply.round, reply.index)}, asked was {at}")
+        if kind in wire.SESSION:
+            secure.take(kind, node, reply.payload)
+            return Reply(node, {}, 0, {})
+        _require_introduced(reply, member.examples)
+        weight = min(reply.examples, opened.limits.examples)
+        values = sum(item.numel for item in self.method.spec(opened.exchange, view).values())
+        secure.take_masked(node, reply.payload, values, weight)
+        self.downlink.sent.known[node] = opened.begun[node][1]
+        return Reply(node, {}, weight, reply.metrics, reply.examples)
 
     def most(self, opened: OpenExchange, state: State) -> int:
         """Return the bytes that no reply to an exchange needs more of.
@@ -185,3 +214,8 @@ class Messages:
         if key not in self._digests:
             self._digests[key] = digest(view)
         return self._digests[key]
+
+
+def _require_introduced(reply: wire.Reply, held: int) -> None:
+    if not 0 < reply.examples <= held:
+        raise RejectedReply(f"claims {reply.examples} examples, but introduced itself with {held}")

@@ -64,7 +64,7 @@ class Clock:
         self._round = self._attempt = 0
         self._left: dict[int, float] = {}
         """When each device that is there leaves, in seconds of the round."""
-        self._computed: dict[tuple[int, int], float] = {}
+        self._computed: dict[tuple[int, int, str], float] = {}
         """When the work of (client, exchange) was done: asked again, a client answers what it has."""
 
     def begin(
@@ -153,9 +153,9 @@ class Clock:
         work = 0.0 if reply is None else device.computes(self._flops(node, kind, reply))
         done, left = received + work, self._left[node]
         if kind != "evaluate":
-            done = max(received, self._computed.get((node, exchange), done))
+            done = max(received, self._computed.get((node, exchange, kind), done))
             if done <= left:
-                self._computed[node, exchange] = done
+                self._computed[node, exchange, kind] = done
         answered = done + device.sends(up)
         return Event(max(min(answered, left) - self.now, 0.0), node, answered <= left)
 
