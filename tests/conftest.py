@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import random
 import sqlite3
@@ -49,6 +50,18 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+        _let_torch_log()
+
+
+def _let_torch_log() -> None:
+    """Let the loggers of torch tell the root's handlers, as others do.
+
+    There are a hundred that would not, and pytest gives each of them handlers of its own six times a test:
+    a twentieth of what the quick part takes.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] == "torch":
+            logger.propagate = True
 
 
 class _Hasty(sqlite3.Connection):

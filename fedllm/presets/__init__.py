@@ -65,7 +65,11 @@ def presets() -> list[Preset]:
     >>> "quickstart" in [preset.name for preset in presets()]
     True
     """
-    return [_read(path) for path in sorted(_FOLDER.glob("*.toml"))]
+    return [_read(path) for path in _files()]
+
+
+def _files() -> list[Path]:
+    return sorted(_FOLDER.glob("*.toml"))
 
 
 def _read(path: Path) -> Preset:
@@ -131,10 +135,10 @@ def _sources(source: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _named(name: str) -> Preset:
-    found = {preset.name: preset for preset in presets()}
-    if name not in found:
-        raise ConfigError(f"{name!r} is neither a TOML file nor a preset; presets are {', '.join(found)}")
-    return found[name]
+    files = {path.stem: path for path in _files()}
+    if name not in files:
+        raise ConfigError(f"{name!r} is neither a TOML file nor a preset; presets are {', '.join(files)}")
+    return _read(files[name])
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

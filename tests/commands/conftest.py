@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import pytest
+import typer
 
 from fedllm import cli
 
@@ -22,8 +24,17 @@ class Answer(NamedTuple):
 Fedllm = Callable[..., Answer]
 
 
+@cache
+def whole() -> Any:
+    """Every command, put together once: each process of a user does it for its one command."""
+    return typer.main.get_command(cli.app)
+
+
 @pytest.fixture
 def fedllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedllm:
+    command = whole()  # before it takes the place of what it is made from
+    monkeypatch.setattr(cli, "app", command)
+
     def run(*words: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["fedllm", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
