@@ -23,7 +23,7 @@ from fedllm.terminal.console import (
     console,
     print_json,
 )
-from simulations import running
+from simulations import compress_commands, running
 from simulations.experiments import experiment_commands
 from simulations.results.options import PANEL
 from simulations.results.result_commands import compare
@@ -32,6 +32,7 @@ __all__ = ["app"]
 
 app = typer.Typer()
 app.add_typer(experiment_commands.app)
+app.add_typer(compress_commands.app)
 DASHBOARD_PORT = 8080
 
 Workers = Annotated[

@@ -16,6 +16,7 @@ from fedllm.errors import ModelError
 from fedllm.models.anatomy import layers as layers_of
 from fedllm.models.anatomy import plain
 from fedllm.models.anatomy import width as width_of
+from fedllm.models.compression.structure import keep
 from fedllm.models.model import Model
 
 __all__ = [
@@ -49,46 +50,7 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> None:
     Raises:
         ModelError: a layer does not exist, repeats or is out of order.
     """
-    stack, settings = layers_of(model.module.backbone), _settings(model)
-    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < len(stack):
-        raise ModelError(
-            f"student layers {list(layers)} must be ascending numbers from 0 to {len(stack) - 1}: "
-            f"{model.config.model.name} has {len(stack)} layers"
-        )
-    kept = [stack[index] for index in layers]
-    _hand_over_bias(stack[0], kept[0])
-    del stack[len(kept) :]
-    for place, layer in enumerate(kept):
-        stack[place] = layer
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place
-    _keep_kinds(settings, layers)
-
-
-def _hand_over_bias(first: nn.Module, begins: nn.Module) -> None:
-    """Give the layer that now is the first what T5 keeps in its first one for all: the bias of distances."""
-    for name, module in first.named_modules():
-        bias = getattr(module, "relative_attention_bias", None)
-        if isinstance(bias, nn.Embedding) and begins is not first:
-            heir: Any = begins.get_submodule(name)
-            heir.relative_attention_bias, heir.has_relative_attention_bias = bias, True
-
-
-def _keep_kinds(settings: Any, layers: tuple[int, ...]) -> None:
-    """Let the configuration say of the layers that stay what it said of them in their old places.
-
-    Many models alternate kinds of layers (sliding and full attention, dense and expert blocks). A rule that
-    counts places has no such setting: :func:`fedllm.models.readback.require_true` finds those.
-    """
-    for name, value in settings.to_dict().items():
-        if isinstance(value, list) and "layer" in name and len(value) == settings.num_hidden_layers:
-            setattr(settings, name, [value[index] for index in layers])
-        elif name == "mlp_only_layers" and value:
-            setattr(settings, name, [place for place, index in enumerate(layers) if index in value])
-        elif name == "first_k_dense_replace" and value is not None:
-            setattr(settings, name, sum(index < value for index in layers))
-    settings.num_hidden_layers = len(layers)
+    keep(model.module.backbone, layers, model.config.model.name)
 
 
 def freeze_embeddings(model: Model) -> None:
