@@ -145,7 +145,7 @@ def load(
             continue
         found = example.label
         if by_class and found is None:
-            found = label(row, str(config.label))
+            found = _shared_out_by(row, config)
         if found is not None:
             classes.append(found)
             written = row.columns[str(config.label)]
@@ -169,6 +169,16 @@ def load(
     return _gathered(examples, classes, groups, task, labels)
 
 
+def _shared_out_by(row: Row, config: DataConfig) -> Label:
+    """Return the class by which a row is shared out, where its task asks for none."""
+    try:
+        return label(row, str(config.label))
+    except DataError as error:
+        raise DataError(
+            f'{error}; data.partition = "{config.partition}" shares texts out by class, "iid" needs none'
+        ) from None
+
+
 def _read(task: Reader, row: Row, config: DataConfig, *, bundled: bool) -> Example | None:
     """Read a row; that a task finds nothing in the bundled texts is no fault of their file."""
     try:
@@ -189,7 +199,9 @@ def _gathered(
     numbers, names = task.number(examples, labels)
     if numbers is None and classes:
         if names:
-            raise DataError("a partition by class needs a task that gives every text one class")
+            raise DataError(
+                'a partition by class needs a task that gives every text one class; "iid" needs none'
+            )
         numbers, names = numbered(classes) if labels is None else (known(classes, labels), labels)
     return Corpus(
         [example.text for example in examples],

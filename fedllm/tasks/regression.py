@@ -72,7 +72,8 @@ class Regression(Task):
             return 'model.task = "regression" needs model.pooling = "mean", "cls" or "last"'
         if self.config.data.partition in ("dirichlet", "pathological"):
             return (
-                f'data.partition = "{self.config.data.partition}" needs classes, and data.label is a number'
+                f'data.partition = "{self.config.data.partition}" needs classes, and data.label is a number; '
+                '"iid" needs none'
             )
         return None
 

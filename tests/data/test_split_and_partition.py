@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fedllm import tasks
 from fedllm.config import DataConfig, RunConfig
 from fedllm.data.corpus import Corpus, hold_out, load, partition, partition_table, split
 from fedllm.errors import DataError
@@ -331,3 +332,34 @@ def test_iid_on_bundled_text_imports_no_slow_library() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "why"),
+    [
+        (
+            "span",
+            {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0]}},
+            "there is no column 'label' (data.label); ",
+        ),
+        (
+            "classification",
+            {"text": "t", "label": ["a", "b"]},
+            "column 'label' (data.label) must hold a class, ",
+        ),
+    ],
+)
+def test_who_shares_out_by_class_is_told_what_needs_none(
+    tmp_path: Path, task: str, row: dict[str, Any], why: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    config = RunConfig.model_validate(
+        {"model": {"task": task}, "data": {"path": str(path), "label": "label", "partition": "dirichlet"}}
+    )
+    with pytest.raises(DataError) as told:
+        load(config.data, tasks.of(config))
+    assert f"rows.jsonl, line 1: {why}" in str(told.value)
+    assert str(told.value).endswith(
+        '; data.partition = "dirichlet" shares texts out by class, "iid" needs none'
+    )
