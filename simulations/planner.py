@@ -24,6 +24,11 @@ from fedllm.data.tokens import Batch
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.models.base.loading import open_tokenizer, quiet
 from fedllm.models.model import Model
+from fedllm.secagg import words
+from fedllm.secagg.keys import KEY_BYTES
+from fedllm.secagg.letters import SEALED_BYTES
+from fedllm.secagg.ring import Ring
+from fedllm.secagg.shamir import SHARE_BYTES
 from fedllm.tasks.base import PerToken
 from fedllm.tensors import Spec, dense_bytes
 from fedllm.wording import human_bytes
@@ -42,6 +47,7 @@ BESIDE = {True: 40_000_000, False: 6_000_000}
 what the allocator cannot give back, buffers of products, code that is fetched as it first runs."""
 HEADERS = 400
 """Bytes of a message beside its tensors."""
+_TEXTS_OF_A_CLIENT = 1_000
 _SAMPLE = 1 << 20
 """Values of an update that a codec is tried on."""
 
@@ -278,12 +284,29 @@ def _bytes(config: RunConfig, method: Method, tensors: dict[str, torch.Tensor]) 
     codecs: Codecs = open_codecs(config)
     spec = method.spec(Exchange("fit"), tensors)
     up = _coded(codecs.up, spec) + HEADERS
+    more = 0
+    if config.privacy.secure_aggregation:
+        up, more = _secure(config, codecs.up, spec)
     if not method.replays:
-        return up, _coded(codecs.down, spec) + HEADERS
+        return up, _coded(codecs.down, spec) + HEADERS + more
     slopes = np.zeros(sum(one.shape[0] for one in spec.values()), dtype=np.float32)
     nodes = range(config.answers)
     record = pack_cohort(Cohort(1, dict.fromkeys(nodes, slopes), dict.fromkeys(nodes, 1)))
-    return up, len(record) + HEADERS
+    return up, len(record) + HEADERS + more
+
+
+def _secure(config: RunConfig, codec: FramedCodec, spec: Spec) -> tuple[int, int]:
+    """Return what a client sends in the four steps of secure aggregation, and what it gets beside tensors.
+
+    Where a value takes less than 64 bits, that hangs on all texts together; here each client has a thousand.
+    """
+    weight = config.answers * min(_TEXTS_OF_A_CLIENT, config.server.max_examples)
+    bits = Ring.of(config, codec, weight).bits
+    others = min(config.privacy.neighbours or config.answers, config.answers) - 1
+    values = words.packed_size(sum(one.numel for one in spec.values()), bits)
+    letters = (SEALED_BYTES + SHARE_BYTES) * others + 2 * KEY_BYTES
+    told = (2 * KEY_BYTES + 4) * config.answers + SEALED_BYTES * others
+    return values + letters + 4 * HEADERS, told + 3 * HEADERS
 
 
 def _coded(codec: FramedCodec, spec: Spec) -> int:

@@ -115,12 +115,14 @@ class NodeTotal:
     known: bool = True
 
 
-_TOTALS = """
+_WORKED = "status = 'accepted' AND exchange NOT IN ('keys', 'shares', 'unmask')"
+"""The steps of secure aggregation around an answer are none by themselves."""
+_TOTALS = f"""
 SELECT node, MAX(round) AS last_round,
-       SUM(status = 'accepted') AS accepted, SUM(status = 'late') AS late, SUM(status = 'failed') AS failed,
+       SUM({_WORKED}) AS accepted, SUM(status = 'late') AS late, SUM(status = 'failed') AS failed,
        SUM(status = 'rejected') AS rejected, MAX(examples) AS examples, MAX(peak_rss_bytes) AS peak_rss_bytes,
-       AVG(CASE WHEN status = 'accepted' THEN compute_seconds END) AS compute_seconds,
-       AVG(CASE WHEN status = 'accepted' THEN transfer_seconds END) AS transfer_seconds,
+       AVG(CASE WHEN {_WORKED} THEN compute_seconds END) AS compute_seconds,
+       AVG(CASE WHEN {_WORKED} THEN transfer_seconds END) AS transfer_seconds,
        MAX(CASE WHEN status = 'accepted' THEN round END) AS last_accepted
 FROM node_rounds GROUP BY node
 """

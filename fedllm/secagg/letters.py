@@ -51,11 +51,12 @@ def roster(members: Mapping[int, Entry]) -> bytes:
 
 def entries(data: bytes) -> dict[int, Entry]:
     """Invert :func:`roster`."""
-    reader, found = Reader(data), dict[int, Entry]()
+    reader, found, last = Reader(data), dict[int, Entry](), -1
     for _ in range(len(data) // (4 + 2 * KEY_BYTES)):
         node = reader.number("number of a client")
-        if found and node <= max(found):
+        if node <= last:
             raise WireError("a list of keys is not in ascending order")
+        last = node
         found[node] = Entry.read(bytes(reader.take(2 * KEY_BYTES, "keys")))
     reader.finish()
     return found

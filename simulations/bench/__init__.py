@@ -15,6 +15,7 @@ BENCHMARKS = {
     "memory": "what a step needs above the loaded model",
     "pacing": "whether asking for more directions while a round is noisy saves any",
     "reply_fuzz": "that no mutated or hostile reply ends a round",
+    "secagg": "bytes and seconds of a round under secure aggregation beside the plain one",
     "sampling": "whether choosing directions by the previous gradient pays",
     "simulation": "wall time beside a stock Flower app, memory per virtual client",
 }

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fedllm.measures import in_order, measure
+from fedllm.protocol.wire import SESSION
 from fedllm.runs.durable import disk_errors, replace_file
 from fedllm.runs.reader import Run
 from fedllm.runs.records import NodeRound, RoundRecord
@@ -156,7 +157,8 @@ def _clients(run: Run, nodes: Sequence[NodeRound]) -> list[dict[str, Any]]:
     moved: dict[int, dict[str, int]] = defaultdict(dict)
     for group in run.traffic(("node", "direction")):
         moved[group["node"]][group["direction"]] = group["bytes"]
-    trained = {node: [row for row in rows[node] if row.exchange != "evaluate"] for node in rows}
+    worked = {node: [row for row in rows[node] if row.exchange not in SESSION] for node in rows}
+    trained = {node: [row for row in worked[node] if row.exchange != "evaluate"] for node in rows}
     scored = {row.node: row for row in nodes if row.exchange == "evaluate" and row.status == "accepted"}
     return [
         {
@@ -165,7 +167,7 @@ def _clients(run: Run, nodes: Sequence[NodeRound]) -> list[dict[str, Any]]:
             "examples": sum(row.examples for row in trained.get(node, ()) if row.status == "accepted"),
             "loss": next((row.loss for row in reversed(trained.get(node, ())) if row.loss is not None), None),
             "scores": own_scores(scored[node], run.config.metric) if node in scored else {},
-            "compute_seconds": fmean(row.compute_seconds for row in rows[node]) if rows[node] else None,
+            "compute_seconds": fmean(row.compute_seconds for row in worked[node]) if worked[node] else None,
             "peak_rss_bytes": max((row.peak_rss_bytes for row in rows[node]), default=0),
             "up": moved[node].get("up", 0),
             "down": moved[node].get("down", 0),

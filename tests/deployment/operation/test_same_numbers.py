@@ -66,3 +66,16 @@ def test_asynchronous_rounds_of_all_nodes_are_synchronous_ones(
         ] * 3
         same = summary["state_sha256"] == StoredRun(tmp_path / "simulated").summary["state_sha256"]
         assert same == (buffer == 3)
+
+
+def test_a_secure_sum_of_nodes_that_prove_their_keys_is_the_plain_one(
+    three: Federation, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    plain = configuration(tiny_encoder, tiny_texts)
+    simulate(plain, tmp_path / "simulated")
+    secure = configuration(tiny_encoder, tiny_texts, name="secure", privacy={"secure_aggregation": True})
+    run = three.submit(secure)
+    summary = three.finish(run)
+    assert (summary["status"], summary["failures"], summary["rejected"]) == ("finished", 0, 0)
+    assert summary["state_sha256"] == StoredRun(tmp_path / "simulated").summary["state_sha256"]
+    assert {row.exchange for row in StoredRun(run.folder).nodes()} == {"keys", "shares", "fit", "unmask"}

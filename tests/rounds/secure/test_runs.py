@@ -14,6 +14,7 @@ from fedllm.errors import RunFailed
 from fedllm.protocol import wire
 from fedllm.protocol.wire import Instruction
 from fedllm.runs.reader import Run
+from fedllm.runs.totals import node_totals
 from tests.rounds.federation import FaultyGrid, configuration, run
 
 SECURE = {"secure_aggregation": True, "threshold": 0.5}
@@ -110,6 +111,7 @@ def test_nothing_of_a_single_client_is_told(tiny_encoder: Path, tiny_texts: Path
         assert row.update_norm is None
         assert not {"loss", "update_norm", "error_up"} & row.metrics.keys()
     assert Run(tmp_path / "run").rounds()[1].participants == 6
+    assert [total.accepted for total in node_totals(tmp_path / "run")] == [2] * 6
 
 
 def test_below_the_threshold_the_round_fails_closed(
