@@ -209,8 +209,12 @@ class RunConfig(Section):
                         f"privacy.{key} is for privacy.secure_aggregation = true: set that, or leave it out"
                     )
             return
+        if self.cohort < 3:
+            raise ValueError(
+                "privacy.secure_aggregation = true hides a client among two others at least, and a round has "
+                f"{self.cohort}: take three or more (server.sample, clients)"
+            )
         for wrong, key, instead in (
-            (self.cohort < 3, f"server.sample = {self.cohort}", "a sum of three clients or more"),
             (self.buffered, 'server.mode = "async"', 'mode "sync", in which clients meet in a round'),
             (server.robust != "none", f'server.robust = "{server.robust}"', "privacy.clip, by each client"),
             (server.outliers == "reject", 'server.outliers = "reject"', "privacy.clip, by each client"),

@@ -62,8 +62,15 @@ class Coordinator:
         return self._group
 
     def take_keys(self, node: int, payload: bytes) -> None:
-        """Take in a client's public keys."""
-        self._entries[node] = Entry.read(payload)
+        """Take in a client's public keys.
+
+        Raises:
+            WireError: nobody could agree on a key with one of them, and no peer would go on.
+        """
+        entry = Entry.read(payload)
+        for public in (entry.seal, entry.mask):
+            keys.agree(keys.private_key(), public, b"")
+        self._entries[node] = entry
 
     def roster(self) -> bytes:
         """Return everybody's keys."""

@@ -7,7 +7,8 @@
 
 Each step of a session is answered once: the same question again has the same answer, any other is refused. So
 a server never gets both shares of one neighbour, nor two differences under one mask. A session that another
-one follows is forgotten with its secrets, and one that has ended keeps none.
+one follows is forgotten with its secrets, and one that has ended keeps none. A server may begin a round anew:
+a client then masks what it masked before, and helps to open the sum of the same clients, or refuses.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import json
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from fedllm.errors import WireError
 from fedllm.secagg import keys, shamir, words
@@ -59,6 +64,15 @@ class _Session:
     asked: dict[str, str] = field(default_factory=dict)
     """Digest of what was asked, by step that was answered."""
     answers: dict[str, str] = field(default_factory=dict)
+    summed: dict[str, str] = field(default_factory=dict)
+    """Digest of whose sum it has helped to open, by round and exchange; in all sessions of the run."""
+    masked: dict[str, str] = field(default_factory=dict)
+    """Digest of what it has masked, likewise."""
+
+    @property
+    def place(self) -> str:
+        """Names run, round and exchange, which several sessions may be for."""
+        return self.context.rpartition("/")[0]
 
 
 class Participant:
@@ -84,7 +98,9 @@ class Participant:
         if session is None or session.context != context:
             seal, mask = keys.private_key(), keys.private_key()
             entry = Entry(keys.public_of(seal), keys.public_of(mask))
+            before = session or _Session("")
             session = _Session(context, entry.write().hex(), seal.hex(), mask.hex())
+            session.summed, session.masked = before.summed, before.masked
             self._save(session)
         return bytes.fromhex(session.public)
 
@@ -124,7 +140,7 @@ class Participant:
             self._identity.check(each, _statement(context, group, each), proof)
         session.sharers = list(letter.sharers)
         question = letter.write() + bytes([bits]) + hashlib.sha256(values.tobytes()).digest()
-        self._once(session, "mask", question, lambda: b"")
+        self._once(session, "mask", question, partial(_note_values, session, words.signed(values, bits)))
         masked, key = values.copy(), bytes.fromhex(session.mask)
         masked += words.mask(self_key(bytes.fromhex(session.seed), context, self.node), values.size, bits)
         for each in near:
@@ -147,6 +163,7 @@ class Participant:
 
         def reveal() -> bytes:
             revealed = self._reveal(session, letter)
+            self._require_same_sum(session, letter)
             session.seal = session.mask = session.seed = session.own_share = ""
             return revealed
 
@@ -187,6 +204,15 @@ class Participant:
         return b"".join(
             found[each][:size] if each in letter.survivors else found[each][size:] for each in sorted(found)
         )
+
+    def _require_same_sum(self, session: _Session, letter: Unmasking) -> None:
+        """Open one sum of a round: an update is the same each time, and two sums tell what they differ by."""
+        digest = hashlib.sha256(repr(letter.survivors).encode()).hexdigest()[:32]
+        if session.summed.setdefault(session.place, digest) != digest:
+            raise WireError(
+                "this client has helped to open this round's sum of other clients before, and of the two a "
+                "single update could be told: go on with the same clients, or begin a new run"
+            )
 
     def _group(self, session: _Session) -> Group:
         if "shares" not in session.asked:
@@ -230,6 +256,14 @@ def self_key(seed: bytes, context: str, node: int) -> bytes:
 
 def _seal_key(private: bytes, public: bytes, context: str, sender: int, receiver: int) -> bytes:
     return keys.agree(private, public, purpose("seal", context, sender, receiver))
+
+
+def _note_values(session: _Session, values: npt.NDArray[np.int64]) -> bytes:
+    """Mask one vector in a round: sums of the same clients would tell what another one differs by."""
+    digest = hashlib.sha256(values.tobytes()).hexdigest()[:32]
+    if session.masked.setdefault(session.place, digest) != digest:
+        raise WireError("this client has masked other values in this round before, and masks no second ones")
+    return b""
 
 
 def _statement(context: str, group: Group, node: int) -> bytes:

@@ -28,7 +28,7 @@ SECURE = {"privacy": {"secure_aggregation": True}}
         ({"server": {"outliers": "reject"}}, "privacy.clip"),
         ({"server": {"max_update_norm": 1.0}}, "privacy.clip"),
         ({"server": {"mode": "async"}}, 'mode "sync"'),
-        ({"server": {"sample": 2}}, "three clients"),
+        ({"server": {"sample": 2}}, "three or more"),
         ({"evaluation": {"clients": True}, "data": {"client_test_fraction": 0.1}}, "evaluation.every"),
     ],
 )

@@ -180,6 +180,31 @@ def test_a_new_session_has_new_keys_and_the_old_one_is_over() -> None:
     assert again != old.group.members[0].write()
 
 
+def test_a_round_begun_anew_gives_the_sum_of_the_same_clients_or_none() -> None:
+    clients = people(10)
+    first = shared(clients)
+    masked(first, clients)
+    told = summed(first, clients)
+    again = shared(clients)  # as after a kill: the same round, and everybody still there
+    masked(again, clients)
+    assert np.array_equal(summed(again, clients), told)
+    fewer = shared(clients)  # its sum and the first would differ by client 9's update
+    masked(fewer, clients, [9])
+    with pytest.raises(WireError, match="single update could be told"):
+        clients[0].unmask(fewer.context, Unmasking.read(fewer.unmasking(0)))
+
+
+def test_a_round_begun_anew_has_the_same_values() -> None:
+    clients = people(4)
+    masked(shared(clients), clients)
+    again = shared(clients)  # the server would have client 0 count for less: the difference is its update
+    letter = Masking.read(again.masking(0, 1, 100))
+    with pytest.raises(WireError, match="masks no second ones"):
+        clients[0].mask(again.context, letter, words.words_of(values_of(0) // 2, BITS), BITS)
+    wider = words.words_of(values_of(0), BITS + 5)
+    clients[0].mask(again.context, letter, wider, BITS + 5)  # in whatever ring
+
+
 def test_a_second_list_of_keys_is_not_shared_with() -> None:
     clients = people(4)
     server = shared(clients)

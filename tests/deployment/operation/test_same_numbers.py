@@ -71,9 +71,9 @@ def test_asynchronous_rounds_of_all_nodes_are_synchronous_ones(
 def test_a_secure_sum_of_nodes_that_prove_their_keys_is_the_plain_one(
     three: Federation, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
-    plain = configuration(tiny_encoder, tiny_texts)
-    simulate(plain, tmp_path / "simulated")
-    secure = configuration(tiny_encoder, tiny_texts, name="secure", privacy={"secure_aggregation": True})
+    server, privacy = {"quorum": 3, "deadline_s": 600.0}, {"secure_aggregation": True}
+    simulate(configuration(tiny_encoder, tiny_texts, server=server), tmp_path / "simulated")
+    secure = configuration(tiny_encoder, tiny_texts, name="secure", server=server, privacy=privacy)
     run = three.submit(secure)
     summary = three.finish(run)
     assert (summary["status"], summary["failures"], summary["rejected"]) == ("finished", 0, 0)

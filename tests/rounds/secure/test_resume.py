@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +17,7 @@ from fedllm.runs.reader import Run
 from server.federation.provision import provision
 from strategies.session import forget_sessions
 from tests.rounds.federation import DeviceGrid, Killed, run
+from tests.rounds.killed import conducted
 from tests.rounds.secure.test_runs import SECURE, Asking, config_of
 
 LAST = 2
@@ -102,3 +104,17 @@ def test_a_device_asked_in_the_clear_answers_nothing(
     with pytest.raises(RunFailed, match="0 clients answered in step 'fit'"):
         run(config, tmp_path / "run", note, Bare)
     assert sum("outside of a session of secure aggregation" in answer for answer in answers) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_same_bits_after_a_kill_9_at_each_step(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    plain = run(config_of(tiny_encoder, tiny_texts, rounds=4), tmp_path / "plain")
+    config = config_of(tiny_encoder, tiny_texts, privacy=SECURE, rounds=4)
+    folder = tmp_path / "run"
+    for reply in (3, 9, 15, 21, 34):  # of each round's 24: keys, shares, fit, unmask; and of the one after
+        assert conducted(config, folder, f"reply:{reply}") == -signal.SIGKILL
+    assert conducted(config, folder) == 0
+    assert Run(folder).summary["state_sha256"] == plain["state_sha256"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -112,6 +113,48 @@ def test_nothing_of_a_single_client_is_told(tiny_encoder: Path, tiny_texts: Path
         assert not {"loss", "update_norm", "error_up"} & row.metrics.keys()
     assert Run(tmp_path / "run").rounds()[1].participants == 6
     assert [total.accepted for total in node_totals(tmp_path / "run")] == [2] * 6
+
+
+def test_simulated_devices_pay_for_its_exchanges(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    taken, digests = [], set()
+    for name, privacy in {"plain": {}, "secure": SECURE}.items():
+        config = config_of(tiny_encoder, tiny_texts, privacy=privacy, simulation={"profile": "hospital"})
+        summary = run(config, tmp_path / name)
+        taken.append(summary["seconds"]["simulated"])
+        digests.add(summary["state_sha256"])
+    assert len(digests) == 1
+    assert taken[0] < taken[1]
+
+
+@pytest.mark.parametrize(
+    ("step", "payload", "reason"),
+    [
+        ("keys", bytes(64), "a peer's key is none that can be agreed with"),
+        ("keys", b"short", "two public keys are 64 bytes"),
+        ("shares", b"short", "payload ends inside its commitment"),
+        ("fit", b"short", "masked values are"),
+        ("unmask", b"short", "6 shares are 198 bytes, got 5"),
+    ],
+)
+def test_a_client_that_sends_something_else_is_left_out(
+    step: str, payload: bytes, reason: str, in_the_clear: Callable[..., str],
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    def lying(reply: Message) -> Message:
+        asked = Asking.asked[reply.metadata.src_node_id]
+        if reply.metadata.src_node_id == 2 and asked.kind == step:
+            told = replace(wire.unpack_reply(reply.content), payload=payload)
+            reply.content = wire.pack_reply(told)
+        return reply
+
+    config = config_of(tiny_encoder, tiny_texts, privacy=SECURE)
+    summary = run(config, tmp_path / "run", lying, Asking)
+    assert summary["state_sha256"] == in_the_clear(*() if step == "unmask" else (1,))
+    assert summary["rejected"] == 2
+    rejected = [row for row in Run(tmp_path / "run").nodes() if row.status == "rejected"]
+    assert all(row.node == 1 and row.exchange == step and reason in (row.reason or "") for row in rejected)
 
 
 def test_below_the_threshold_the_round_fails_closed(
