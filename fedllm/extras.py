@@ -13,6 +13,7 @@ EXTRAS = {
     "chitchat_dataset": "texts",
     "cyllama": "llama",
     "datasets": "hub",
+    "dp_accounting": "privacy",
     "flwr_datasets": "simulation",
     "gguf": "gguf",
     "matplotlib": "plots",

@@ -196,6 +196,7 @@ def _new(source: str | None, overrides: list[str], plugins: list[str] | None) ->
     """Return a new run of a federation: classes, and what nobody gave, by the server's own texts."""
     from fedllm.presets import document
     from fedllm.tasks import with_classes
+    from strategies.private import promise
     from strategies.registry import resolve_run
     from strategies.starting_point import StartingPoint, usual_source
 
@@ -203,6 +204,8 @@ def _new(source: str | None, overrides: list[str], plugins: list[str] | None) ->
     choose = StartingPoint(console.print, deployed=True)
     config = resolve_run(start, overrides)
     config.placed(deployed=True)  # refuses what only a simulation can do
+    if config.privacy.noised:
+        console.print(promise(config))
     return with_classes(choose(config))
 
 

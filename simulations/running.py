@@ -93,9 +93,12 @@ def free(folder: Path, config: RunConfig, overwrite: bool) -> None:
 
 
 def announce(runs: Sequence[tuple[str, RunConfig]], folder: Path, console: Console) -> None:
-    """Say what runs will take, each given with its preset, where it is much."""
+    """Say what private runs promise, and what runs take, each given with its preset, where it is much."""
     from simulations import costs
+    from strategies.private import promise
 
+    for sentence in sorted({promise(config) for _, config in runs if config.privacy.noised}):
+        console.print(sentence)
     said = costs.forecast(runs)
     if runs and said.large:
         for sentence in costs.sentences(said, folder):

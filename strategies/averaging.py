@@ -15,7 +15,8 @@ from fedllm.models.training import stride
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, spec_of
 from strategies.base import Commit, Exchange, Method, Reply, State, Step
-from strategies.robust import Kept, average
+from strategies.private import sum_of
+from strategies.robust import Kept
 
 __all__ = ["Averaging"]
 
@@ -43,7 +44,7 @@ class Averaging(Method):
 
     def begin(self, state: State, round: int) -> MeanAccumulator:
         """Start a sum of updates."""
-        return MeanAccumulator(round, average(self.config.server, spec_of(state.tensors)))
+        return MeanAccumulator(round, sum_of(self.config, spec_of(state.tensors)))
 
     def plan(self, state: State, acc: MeanAccumulator) -> Exchange | Commit:
         """Ask for local training once; there is no setup."""

@@ -172,6 +172,9 @@ class Method(ABC):
     sums: bool = False
     """Whether folding ``fit`` replies only adds them to :meth:`summed`: see ``privacy.secure_aggregation``.
     No, where each is divided, multiplied or replayed by itself first, or where there is a setup."""
+    private: bool = False
+    """Whether a round shows nothing of its clients but the sum of their updates, each of them clipped, over a
+    fixed number: see ``privacy.noise_multiplier``."""
     lacking: str = ""
     """What the global tensors lack to be a model that answers texts, as a clause; empty where it is one."""
 

@@ -100,6 +100,12 @@ def open_method(config: RunConfig) -> Method:
             'needs each: take method "fedavg", "fedkd", "scaffold", "lora" with rule fedit, ffa or '
             'alternate, or "mezo" with mezo.candidates above 0, whose clients share their directions'
         )
+    if config.privacy.noised and not method.private:
+        raise ConfigError(
+            "privacy.noise_multiplier and privacy.target_epsilon hide clients in a sum of clipped updates, "
+            f'and {which} shows more of them: take method "fedavg", "fedkd", or "lora" with rule fedit, ffa '
+            "or alternate"
+        )
     if config.buffered and not method.asynchronous:
         raise ConfigError(
             'server.mode = "async" adds up updates that began from different versions of the global tensors, '
@@ -164,7 +170,9 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
             f'codec.down = "{config.codec.down}": ef21 needs an estimate that a client which was not asked '
             "for a while does not have; use error_feedback"
         )
-    return config
+    from strategies.private import with_noise
+
+    return with_noise(config)
 
 
 def _require_summable(config: RunConfig, codecs: Codecs) -> None:

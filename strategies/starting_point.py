@@ -32,6 +32,7 @@ from fedllm.data.starting_point import (
     unset,
     with_choices,
 )
+from fedllm.errors import ConfigError
 from fedllm.host.accelerator import chosen_device, computes_bfloat16
 from strategies.registry import method_options
 
@@ -97,6 +98,11 @@ class StartingPoint:
         keys, balance = _keys(config), config.training.class_weights == "balanced"
         if not keys and not balance:
             return config
+        if config.privacy.noised and not self._deployed:
+            raise ConfigError(
+                "differential privacy does not cover settings that are chosen by a look at clients' texts: "
+                f"give {', '.join(sorted(keys))}"
+            )
         with _told_if_long(self._say):
             corpus, lengths, base = self._look(config)
             texts = _texts(config, corpus, lengths, self._deployed)

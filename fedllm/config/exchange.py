@@ -17,7 +17,7 @@ class CodecConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """What bounds a single client's influence, and what the server sees of it."""
+    """What bounds a single client's influence, hides it, and what the server sees of it."""
 
     clip: float | None = Field(default=None, gt=0.0)
     """L2 norm to which a client scales its update down before encoding, and the server after decoding."""
@@ -28,3 +28,16 @@ class PrivacyConfig(Section):
     neighbours: int | None = Field(default=None, ge=2, multiple_of=2)
     """Under secure aggregation, clients against whom each is masked, an even number (Bell et al., CCS 2020);
     unset takes all others."""
+    noise_multiplier: float | None = Field(default=None, ge=0.1, le=1e6)
+    """Differential privacy of each client: standard deviation, in units of ``clip``, of the Gaussian noise
+    that the server adds to the sum of a round's updates. Each client then takes part by a coin of its own."""
+    target_epsilon: float | None = Field(default=None, gt=0.0, le=1e3)
+    """Budget that ends the run once it is spent; without ``noise_multiplier`` the least noise is taken with
+    which ``rounds`` keep to it."""
+    delta: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Of (epsilon, delta); unset is clients^-1.1."""
+
+    @property
+    def noised(self) -> bool:
+        """Whether the run is differentially private."""
+        return self.noise_multiplier is not None or self.target_epsilon is not None

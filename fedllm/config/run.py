@@ -103,6 +103,7 @@ class RunConfig(Section):
         self._require_robust()
         self._require_attack()
         self._require_secure()
+        self._require_private()
         require(
             self.quorum <= self.cohort or self.buffered,
             f"server.quorum = {server.quorum} can never be reached with {self.cohort} clients per round",
@@ -226,6 +227,40 @@ class RunConfig(Section):
                     f"privacy.secure_aggregation = true shows the server no single client, which {key} "
                     f"needs: take {instead}, or leave one of the two out"
                 )
+
+    def _require_private(self) -> None:
+        """Refuse what noise would not hide, or what its accounting does not cover."""
+        privacy, server = self.privacy, self.server
+        if not privacy.noised:
+            if privacy.delta is not None:
+                raise ValueError("privacy.delta is for privacy.noise_multiplier or privacy.target_epsilon")
+            return
+        own = "what a client changes by its own update"
+        for wrong, why in (
+            (
+                privacy.clip is None,
+                "hide nothing without privacy.clip: set it, to about a usual update's norm",
+            ),
+            (self.clients < 2, "hide a client among others, and clients = 1: take more"),
+            (self.buffered, 'hide who takes part in a round, and server.mode is "async": take mode "sync"'),
+            (
+                server.over_select > 0,
+                f"cover {own}; take server.over_select = 0, or answers decide of others",
+            ),
+            (server.robust != "none", f'go with sums, not server.robust = "{server.robust}": take "none"'),
+            (server.outliers == "reject", f'cover {own}: take server.outliers = "name"'),
+            (
+                privacy.secure_aggregation,
+                "need a server that clips, which sees no update: take privacy.secure_aggregation = false",
+            ),
+            (self.evaluation.clients, "do not cover what clients score: take evaluation.clients = false"),
+            (
+                self.training.class_weights == "balanced",
+                "do not cover numbers of texts by class: give training.class_weights as numbers",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"privacy.noise_multiplier and privacy.target_epsilon {why}")
 
     def _require_attack(self) -> None:
         """Refuse an attack that would not take place."""

@@ -14,8 +14,19 @@ from fedllm.runs.provenance.chain import KEY
 from fedllm.runs.records import FILE
 from fedllm.runs.summary import describe_partition
 
-__all__ = ["BEST_RESULTS", "GIVEN", "RESULTS", "clear", "require_apart", "require_free", "write_partition"]
+__all__ = [
+    "BEST_RESULTS",
+    "GIVEN",
+    "PRIVACY",
+    "RESULTS",
+    "clear",
+    "require_apart",
+    "require_free",
+    "write_partition",
+]
 
+PRIVACY = "privacy.json"
+"""What a differentially private run has spent, and the secret that its noise comes of."""
 GIVEN = "given"
 """Folder of what was given from memory; it is there before the run is."""
 
@@ -29,7 +40,7 @@ BEST_RESULTS = tuple(f"{name}-best" for name in RESULTS)
 
 _ALL = _FIRST | {
     "run.db-wal", "run.db-shm", "partition.json", "summary.json", "checkpoints", *RESULTS, *BEST_RESULTS,
-    "report.html", "plots", "clients", "flower.log", KEY,
+    "report.html", "plots", "clients", "flower.log", KEY, PRIVACY,
 }  # fmt: skip
 
 

@@ -227,6 +227,12 @@ def ended_early(config: RunConfig, rounds: Sequence[RoundRecord]) -> str | None:
     last = rounds[-1].round if rounds else 0
     if last >= config.rounds:
         return None
+    patience, budget = config.evaluation.patience, config.privacy.target_epsilon
+    if budget is not None and not 0 < patience <= tries(rounds, config.metric):
+        return (
+            f"ended after round {last} of {config.rounds}: another would spend more than "
+            f"privacy.target_epsilon = {budget:g}"
+        )
     best = best_of(((r.round, r.metrics) for r in rounds), config.metric)
     told = f"the best, {number(best.value)}, is of round {best.round}" if best else "it never was a number"
     return (

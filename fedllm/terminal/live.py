@@ -118,6 +118,7 @@ class Watcher:
             " / ".join(f"{error:.2g}" for error in errors),
             f"{record.participants}"
             + (f" ({record.failures + record.rejected} lost)" if _lost(record) else ""),
+            "" if record.epsilon is None else number(record.epsilon),
             f"{record.seconds:.1f} s",
             human_seconds(record.details[SIMULATED]) if SIMULATED in record.details else "",
         ]
@@ -133,6 +134,7 @@ class Watcher:
             "saved up",
             "codec error",
             "clients",
+            "epsilon",
             "time",
             "simulated",
         )
@@ -165,11 +167,14 @@ class Watcher:
         return f"about {seconds / 60:.1f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
 
     def _line(self, record: RoundRecord) -> str:
-        number, metric, loss, up, down, saves, error, clients, seconds, simulated = self._cells(record)
+        number, metric, loss, up, down, saves, error, clients, epsilon, seconds, simulated = self._cells(
+            record
+        )
         return (
             f"round {number}  {self._metric()} {metric}  {f'loss {loss}  ' if loss else ''}"
             f"up {up}{f' ({saves})' if saves else ''}  down {down}  "
-            f"{f'codec error {error}  ' if error else ''}clients {clients}  {seconds}"
+            f"{f'codec error {error}  ' if error else ''}clients {clients}  "
+            f"{f'epsilon {epsilon}  ' if epsilon else ''}{seconds}"
             f"{f' ({simulated} simulated)' if simulated else ''}"
         )
 

@@ -35,12 +35,14 @@ from fedllm.wording import human_bytes
 from server.rounds.admission import Proven
 from server.rounds.earlier import Start, require_same_start, start_of
 from server.rounds.engine import Engine
+from server.rounds.privacy import Privacy
 from server.rounds.rehearsal import few_texts, rehearse
 from server.rounds.state import ServerState
 from server.rounds.timing.clock import Clock
 from server.rounds.timing.work import clock_of
 from strategies import robust
 from strategies.attack import backdoor_success, poisoned
+from strategies.private import promise
 from strategies.session import Session, open_session
 
 __all__ = ["Transport", "conduct"]
@@ -102,6 +104,8 @@ def conduct(
             require_same_start(folder, Run(folder).provenance, start)
         notes = [*start.notes, *rehearse(session)] if saved is None else []
         clock = clock_of(session)
+        if extended and config.privacy.noised and saved is not None:
+            Privacy(config, folder, begun=True).require(saved.number + 1, config.rounds)
     last = saved.number if saved else -1
     made = provenance(run=run, inputs=known, **start.facts)
     with RunStore.open(folder) if begun else RunStore.create(folder, config, made) as store:
@@ -132,7 +136,10 @@ def conduct(
             store.event("warning", note)
         try:
             state = start.state() if saved is None else ServerState.load(saved)
-            engine = _compose(config, session, store, run, transport, state, clock)
+            privacy = Privacy(config, folder, begun=saved is not None) if config.privacy.noised else None
+            if privacy is not None and not begun:
+                store.event("start", promise(config))
+            engine = _compose(config, session, store, run, transport, state, clock, privacy)
             engine.start(grid)
             if not engine.finished:
                 _write_best(store, session, check=not killed_checking)
@@ -205,6 +212,7 @@ def _compose(
     transport: Transport | None,
     state: ServerState,
     clock: Clock | None,
+    privacy: Privacy | None,
 ) -> Engine:
     """Note who holds what, and put the engine together."""
     if not (store.folder / "partition.json").exists():
@@ -237,6 +245,7 @@ def _compose(
         networked=transport is not None,
         proven=transport.proven if transport else None,
         bound=transport.bound if transport else None,
+        privacy=privacy,
         clock=clock,
     )
     engine.summary()

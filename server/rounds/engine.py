@@ -36,12 +36,14 @@ from server.rounds.exchange.messages import LEAST_BOUND, Messages, OpenExchange
 from server.rounds.exchange.secure import Secure
 from server.rounds.exchange.told import averages, spreads
 from server.rounds.orders import Orders
+from server.rounds.privacy import Privacy, Spent
 from server.rounds.roster import Roster, sample
 from server.rounds.round_log import RoundLog
 from server.rounds.state import ServerState
 from server.rounds.timing.buffered import Buffered
 from server.rounds.timing.clock import Clock, Timed
 from strategies.base import Exchange, Method, State
+from strategies.private import PrivateSum
 
 __all__ = ["Engine"]
 
@@ -62,6 +64,7 @@ class Engine(Strategy):
         networked: whether messages cross a network, so that it can be told how long they took.
         proven: which client each node's key stands for; None where nodes have no keys.
         bound: told how many bytes replies have at most, before they are asked for; None where nobody checks.
+        privacy: of a differentially private run: noise, cohorts and what is spent.
         clock: of simulated devices, by which clients are there, late or gone; None goes by the host's own.
     """
 
@@ -79,6 +82,7 @@ class Engine(Strategy):
         networked: bool,
         proven: Proven | None = None,
         bound: Callable[[int], None] | None = None,
+        privacy: Privacy | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.config, self.method, self.codecs, self.store = config, method, codecs, store
@@ -91,6 +95,7 @@ class Engine(Strategy):
         self._open: OpenExchange | None = None
         self._bounds = Bounds(config, method, codecs, self._roster, state, store)
         self._bound, self._most = bound, 0
+        self._privacy, self.spent = privacy, ""
         self._networked, self._clock = networked, clock
         # A short deadline on simulated devices is none for the host that computes in their place.
         self._patience_s = config.server.deadline_s if clock is None else max(config.server.deadline_s, 600.0)
@@ -116,7 +121,12 @@ class Engine(Strategy):
         self._allow(LEAST_BOUND)
         self._admission.gather(grid, self._next_log)
         while not self.finished and self._may_go_on():
-            self._round(grid, self.completed + 1)
+            try:
+                self._round(grid, self.completed + 1)
+            except Spent as error:
+                self.spent = f"the budget of privacy is spent: {error}"
+                self.store.event("spent", self.spent, round=self.completed)
+                self.store.abandon(self._next_log.nodes, self._next_log.entries)
         return Result()
 
     @property
@@ -126,9 +136,9 @@ class Engine(Strategy):
 
     @property
     def finished(self) -> bool:
-        """Whether the last round was committed, or so many evaluations brought nothing better."""
+        """Whether the last round was committed, evaluations found nothing better, or the budget is spent."""
         patience = self.config.evaluation.patience
-        return self.completed >= self.config.rounds or 0 < patience <= self.store.tries
+        return self.completed >= self.config.rounds or 0 < patience <= self.store.tries or bool(self.spent)
 
     def summary(self) -> None:
         """Say in the run's log what this engine is composed of."""
@@ -157,6 +167,8 @@ class Engine(Strategy):
         """
         log = self._next_log
         log.begin()
+        if self._privacy is not None and number > 0:
+            self._privacy.begin(number)
         for attempt in range(self.config.server.retries + 1):
             log.attempt = attempt
             available = self._admission.quorum(grid, log)
@@ -181,10 +193,12 @@ class Engine(Strategy):
                 f"in {self.config.server.retries + 1} attempts: {log.last_reason}"
             )
         # Clients name their metrics themselves: what the server knows comes after them.
-        details: dict[str, Any] = {**averages(accepted), "accepted": sorted(accepted)}
+        # Noise does not hide what they tell of themselves.
+        told = {} if self._privacy else averages(accepted)
+        details: dict[str, Any] = {**told, "accepted": sorted(accepted)}
         if self.config.buffered and accepted:
             details |= staleness.spread(self._opened.staleness.values())
-        if accepted:
+        if accepted or (self._privacy is not None and number > 0):
             details |= self._commit(acc)
             downlink = self._messages.downlink
             details["codec"] = {"up": dict(log.codec_up), "down": dict(downlink.parts)}
@@ -193,9 +207,9 @@ class Engine(Strategy):
         self.state.completed = number
         metrics, classes = by_class(self._score(number))
         if self.config.evaluation.clients and number > 0:
-            told = self._evaluate_clients(grid, number, log, sorted(accepted))
+            scores = self._evaluate_clients(grid, number, log, sorted(accepted))
             alone = tasks.of(self.config).alone
-            details |= {"clients": averages(told, alone), "spread": spreads(told, self.config.metric)}
+            details |= {"clients": averages(scores, alone), "spread": spreads(scores, self.config.metric)}
         if classes:
             details["classes"] = classes
         if self._clock is not None:
@@ -208,6 +222,8 @@ class Engine(Strategy):
             details=details,
             rss=peak_rss_bytes(),
         )
+        if self._privacy is not None:
+            record = replace(record, epsilon=self._privacy.epsilon, delta=self._privacy.delta)
         self.store.round(record, log.nodes, log.entries, log.replies)
         if self.finished and (missed := neglect(metrics, classes)):
             self.store.event("warning", missed, round=number)
@@ -230,6 +246,11 @@ class Engine(Strategy):
         log.lack = ""
         cohort = sample(available, config.cohort + config.server.over_select, config.seed, number)
         nodes, wanted = (available, len(available)) if number == 0 else (cohort, config.cohort)
+        if self._privacy is not None and number > 0:
+            nodes = self._privacy.cohort(number, available)
+            wanted = len(nodes)
+            if not nodes:  # so the coins fell: a round of noise alone
+                return acc, {}
         buffered, index = config.buffered and number > 0, 0
         if buffered:
             nodes, wanted = available, config.answers
@@ -343,6 +364,10 @@ class Engine(Strategy):
     def _commit(self, acc: Any) -> Mapping[str, float]:
         """Let method, server optimiser and downlink codec step in turn; return the method's report."""
         kept, state = self.state, self.state.current
+        if self._privacy is not None:
+            total = self.method.summed(acc)
+            assert isinstance(total, PrivateSum)
+            self._privacy.release(self.completed + 1, total)
         step = self.method.step(state, acc)
         proposal, moments = step.proposal, kept.moments
         if isinstance(proposal, dict):

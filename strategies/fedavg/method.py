@@ -28,6 +28,7 @@ class FedAvg(Averaging):
     asynchronous = True
     averages = True
     sums = True
+    private = True
 
     def __init__(self, config: RunConfig) -> None:
         if config.tuning.peft not in ("lora", "full"):  # "lora" is the section's default: not asked for

@@ -76,6 +76,7 @@ class FedKD(Averaging):
     Options = Options
     averages = True
     sums = True
+    private = True
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

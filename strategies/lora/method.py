@@ -43,7 +43,8 @@ from strategies.lora import middle
 from strategies.lora.combinations import check
 from strategies.lora.layers import ADAPTER, carry_base, fresh, only, takes_from_base
 from strategies.lora.options import LACKING, WITH_BASE, Options
-from strategies.robust import Kept, average
+from strategies.private import sum_of
+from strategies.robust import Kept
 
 __all__ = ["Lora", "Options"]
 
@@ -75,6 +76,7 @@ class Lora(Method):
         self.asynchronous = self.rule in ("fedit", "ffa")  # which add mean changes to the old factors
         self.averages = self.rule in _AVERAGED and self.rule != "fed-sb"  # whose directions are a product's
         self.sums = self.averages and self.rule != "fedsa"  # whose clients must score their own halves
+        self.private = self.rule in ("fedit", "ffa", "alternate")  # all else is no sum, or measured first
         self.lacking = LACKING if self.rule == "fedsa" else ""
         self._taken: dict[str, lora.Factors] = {}
         check(config, self.options)
@@ -192,7 +194,7 @@ class Lora(Method):
             return LoraAccumulator(round, state.tensors, lora.FactorSum(state.tensors, ()))
         spec = self.spec(self._exchange(state), state.tensors)
         if self.rule in _AVERAGED:
-            return LoraAccumulator(round, state.tensors, average(self.config.server, spec))
+            return LoraAccumulator(round, state.tensors, sum_of(self.config, spec))
         factors = {name for pair in lora.pairs(state.tensors).values() for name in pair}
         plain = sorted(spec if self.rule == "residual" else spec.keys() - factors)
         kind = lora.NormSum if self.rule == "hetero" else lora.FactorSum

@@ -20,6 +20,7 @@ from fedllm.runs.reader import Run
 from fedllm.runs.writer import RunStore
 from fedllm.tensors import Tensors
 from server.rounds.engine import Engine
+from server.rounds.privacy import Privacy
 from server.rounds.state import ServerState
 from server.rounds.timing.clock import Clock
 from simulations.engines.loopback import LoopbackGrid, loopback
@@ -118,6 +119,7 @@ def engine_of(
     evaluate: Callable[[Tensors], dict[str, float]] | None = None,
     *,
     networked: bool = False,
+    privacy: Privacy | None = None,
     clock: Clock | None = None,
 ) -> Engine:
     return Engine(
@@ -132,6 +134,7 @@ def engine_of(
         networked=networked,
         proven=proven,
         bound=bound,
+        privacy=privacy,
         clock=clock,
     )
 

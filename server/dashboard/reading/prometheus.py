@@ -91,6 +91,8 @@ def _of_runs(views: list[Overview]) -> Iterator[Metric]:
     yield gauge("round_seconds", "Mean time of the last five rounds.", "round_seconds")
     yield _gauge("run_quality", "Last measured quality on the server's test set.", ["run", "metric"],
                  [((view.name, view.metric), view.value) for view in views])  # fmt: skip
+    yield _gauge("run_epsilon", "Privacy spent, of a run with differential privacy.", ["run"],
+                 [((view.name,), view.epsilon) for view in views])  # fmt: skip
     yield _counter("run_bytes", "Bytes that crossed.", ["run", "direction"],
                    [((view.name, way), count) for view in views
                     for way, count in (("up", view.bytes_up), ("down", view.bytes_down))])  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fedllm.codecs import Codecs, growth
 from fedllm.config import RunConfig
 from fedllm.runs.writer import RunStore
@@ -12,6 +14,8 @@ from server.rounds.state import ServerState
 from strategies.base import Method
 
 __all__ = ["Bounds"]
+
+_AT_MOST = "server.max_update_norm; raise it if honest updates are longer"
 
 
 class Bounds:
@@ -36,6 +40,7 @@ class Bounds:
         store: RunStore,
     ) -> None:
         self._server, self._method, self._codec = config.server, method, codecs.up
+        self._noised = config.privacy.noised
         self._roster, self._state, self._store = roster, state, store
         self._outweighed: set[int] = set()
         """Clients of which it was told."""
@@ -44,6 +49,8 @@ class Bounds:
         """Return the limits of the next exchange of a round."""
         declared = self._roster.declared
         server, usual = self._server, self._state.usual
+        if self._noised:  # what others have sent decides nothing, and all count alike
+            return gates.Limits(1, server.max_update_norm or math.inf, _AT_MOST)
         far = usual.far(server.outlier_deviations) if server.outliers == "reject" else None
         found = gates.limits(server, declared.values(), *self._expected(), far)
         bounded = {node for node, texts in declared.items() if texts > found.examples}

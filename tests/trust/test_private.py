@@ -1,0 +1,223 @@
+"""Client-level differential privacy: the noise, who takes part, what is spent, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from fedllm.accounting import epsilon_of
+from fedllm.config import RunConfig
+from fedllm.errors import ConfigError, StoreError
+from fedllm.protocol.wire import Instruction, Reply
+from fedllm.runs import checkpoint
+from fedllm.runs.folder import PRIVACY
+from fedllm.runs.reader import Run
+from fedllm.runs.writer import RunStore
+from fedllm.tensors import Tensors, TensorSpec
+from server.rounds import privacy as rounds_privacy
+from server.rounds.privacy import Privacy
+from server.rounds.state import ServerState
+from simulations.engines.loopback import loopback
+from strategies import private
+from strategies.private import PrivateSum, gaussian, reach, with_noise
+from strategies.registry import resolve_run
+from tests.rounds.federation import configuration, cut, run
+from tests.rounds.scripted import START, Mean, constant, engine_of, grid_of, scripted, send
+
+SPEC = {"a": TensorSpec((4,)), "b": TensorSpec((2, 3))}
+NOISED = {"clip": 1.0, "noise_multiplier": 2.0, "delta": 1e-3}
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(32, "little")
+
+
+def playing(config: RunConfig, folder: Path, update: float = 1.0, *, silent: int = -1) -> ServerState:
+    """Run a scripted private federation, or go on with it; each client sends a constant update."""
+
+    def script(node: int, asked: Instruction) -> Reply | None:
+        return None if node == silent else send(config, node, asked, constant(update))
+
+    saved = checkpoint.latest(folder / "checkpoints") if folder.is_dir() else None
+    opened = RunStore.open(folder) if folder.is_dir() else RunStore.create(folder, config)
+    with loopback(config.clients, {}), opened as store:
+        store.truncate(-1 if saved is None else saved.number)
+        start: Tensors | ServerState = START if saved is None else ServerState.load(saved)
+        hidden = Privacy(config, folder, begun=saved is not None)
+        engine = engine_of(config, store, Mean(config), start, privacy=hidden)
+        engine.start(grid_of(config, script))
+        store.finish("finished")
+        return engine.state
+
+
+def test_the_noise_is_gaussian() -> None:
+    assert scipy.stats.kstest(gaussian(key(1), 200_000).numpy(), "norm").pvalue > 1e-3
+
+
+def test_the_noise_has_the_variance_of_the_closed_form() -> None:
+    """Of many draws: (z C / m)^2 for each value, around the sum over m, and no two values together."""
+    drawn = []
+    for number in range(3000):
+        total = PrivateSum(SPEC, 5, 2.0 * reach(0.5, SPEC))
+        total.add({"a": torch.full((4,), 0.1), "b": torch.zeros(2, 3)}, weight=77)
+        total.blur(key(number))
+        drawn.append(torch.cat([value.flatten() for value in total.mean().values()]))
+    values = torch.stack(drawn).double().numpy()
+    expected = (2.0 * 0.5 / 5) ** 2
+    bound = 5 * math.sqrt(2 / 3000)  # five standard deviations of a sample variance
+    np.testing.assert_allclose(values.var(axis=0), expected, rtol=bound)
+    np.testing.assert_allclose(values.mean(axis=0), [0.02] * 4 + [0.0] * 6, atol=5 * 0.2 / math.sqrt(3000))
+    apart = np.corrcoef(values.T) - np.eye(10)
+    assert abs(apart).max() < 5 / math.sqrt(3000)
+
+
+def test_a_sum_is_not_read_before_it_has_noise() -> None:
+    with pytest.raises(RuntimeError, match="before noise"):
+        PrivateSum(SPEC, 5, 1.0).mean()
+
+
+def test_a_client_moves_the_sum_by_its_clip_and_the_mean_by_a_fixed_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the noise: updates of norm 173 count for 1 each, over four clients, though one is silent."""
+    monkeypatch.setattr(private, "gaussian", lambda key, count: torch.zeros(count, dtype=torch.float64))
+    config = scripted(rounds=1, privacy=NOISED)
+    state = playing(config, tmp_path / "run", 100.0, silent=2)
+    moved = torch.cat([value.flatten() for value in state.current.tensors.values()])
+    torch.testing.assert_close(moved, torch.full((3,), 3 / math.sqrt(3) / 4))
+
+
+def test_clients_take_part_by_secret_coins(tmp_path: Path) -> None:
+    config = scripted(clients=200, server={"sample": 50}, privacy=NOISED)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    one, other = (Privacy(config, tmp_path / name, begun=False) for name in ("one", "other"))
+    cohorts = [one.cohort(round, range(200)) for round in range(1, 41)]
+    assert abs(np.mean([len(cohort) for cohort in cohorts]) - 50) < 5 * math.sqrt(200 * 0.25 * 0.75 / 40)
+    assert len({len(cohort) for cohort in cohorts}) > 5
+    assert other.cohort(1, range(200)) != cohorts[0] == one.cohort(1, range(200))
+    assert one.cohort(1, range(0, 200, 2)) == [node for node in cohorts[0] if node % 2 == 0]
+
+
+def test_a_round_without_a_client_is_one_of_noise(tmp_path: Path) -> None:
+    config = scripted(clients=400, rounds=3, server={"sample": 1, "quorum": 1}, privacy=NOISED)
+    playing(config, tmp_path / "run")
+    rounds = Run(tmp_path / "run").rounds()[1:]
+    assert len({record.state_sha256 for record in rounds}) == len(rounds) == 3
+
+
+def test_what_is_spent_is_told_and_clients_tell_nothing(tmp_path: Path) -> None:
+    config = scripted(rounds=3, privacy=NOISED)
+    playing(config, tmp_path / "run")
+    told = Run(tmp_path / "run")
+    spent = [epsilon_of({1: rounds}, 1.0, 2.0, 1e-3) for rounds in range(4)]
+    assert [record.epsilon for record in told.rounds()] == spent
+    assert told.summary["privacy"] == {"epsilon": spent[-1], "delta": 1e-3}
+    assert "update_norm" not in told.rounds()[-1].details
+    assert stat.S_IMODE((tmp_path / "run" / PRIVACY).stat().st_mode) == 0o600
+
+
+def test_the_budget_ends_the_run(tmp_path: Path) -> None:
+    noise = {"clip": 1.0, "delta": 1e-3, "target_epsilon": 2.0}
+    config = with_noise(scripted(rounds=2, privacy=noise))
+    config = config.model_copy(update={"rounds": 5})
+    playing(config, tmp_path / "run")
+    told = Run(tmp_path / "run")
+    assert told.rounds()[-1].round == 2
+    assert 1.98 <= told.summary["privacy"]["epsilon"] <= 2.0
+    assert told.summary["ended_early"] == (
+        "ended after round 2 of 5: another would spend more than privacy.target_epsilon = 2"
+    )
+    assert "round 3 would bring epsilon to" in told.events()[-2].message
+
+
+def test_going_back_gives_no_budget_back(tmp_path: Path) -> None:
+    """The same replies have the same noise, and cost nothing more; others have other noise, and cost more."""
+    config, folder = scripted(rounds=2, privacy=NOISED), tmp_path / "run"
+    first = playing(config, folder)
+    same, other = tmp_path / "same", tmp_path / "other"
+    for copy in (same, other):
+        shutil.copytree(folder, copy)
+        for place in (copy / "checkpoints").glob("*2*"):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        assert checkpoint.latest(copy / "checkpoints").number == 1
+    again = playing(config, same)
+    assert all(
+        torch.equal(value, again.current.tensors[name]) for name, value in first.current.tensors.items()
+    )
+    assert Run(same).summary["privacy"] == Run(folder).summary["privacy"]
+    moved = playing(config, other, -1.0)
+    apart = [first.current.tensors[name] - moved.current.tensors[name] for name in START]
+    assert not torch.allclose(apart[0], apart[0][0].expand(2))  # as it were, had the noise been the same
+    spent = epsilon_of({1: 1, 2: 1}, 1.0, 2.0, 1e-3)
+    assert Run(other).summary["privacy"]["epsilon"] == spent > Run(folder).summary["privacy"]["epsilon"]
+
+
+def test_a_run_that_lost_its_record_of_spending_does_not_go_on(tmp_path: Path) -> None:
+    config = scripted(rounds=1, privacy=NOISED)
+    playing(config, tmp_path / "run")
+    (tmp_path / "run" / PRIVACY).unlink()
+    with pytest.raises(StoreError, match="nobody knows what the run has spent"):
+        Privacy(config, tmp_path / "run", begun=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"privacy": {"noise_multiplier": 1.0}}, r"without privacy\.clip"),
+        ({"clients": 1}, "clients = 1"),
+        ({"server": {"over_select": 1, "sample": 2}}, "over_select"),
+        ({"server": {"robust": "median"}}, 'robust = "median"'),
+        ({"server": {"outliers": "reject"}}, "outliers"),
+        ({"server": {"mode": "async", "buffer": 2}}, 'mode is "async"'),
+        ({"evaluation": {"clients": True}, "data": {"client_test_fraction": 0.2}}, r"evaluation\.clients"),
+        ({"training": {"class_weights": "balanced"}}, "by class"),
+        ({"method": "fwdllm"}, 'method = "fwdllm"'),
+        ({"method": "mezo"}, 'method = "mezo"'),
+        ({"method": "scaffold"}, 'method = "scaffold"'),
+        ({"method": "fednova"}, 'method = "fednova"'),
+        ({"method": "lora", "lora": {"rule": "svd"}}, r'lora\.rule = "svd"'),
+        ({"method": "lora", "lora": {"rule": "fed-sb"}}, r'lora\.rule = "fed-sb"'),
+        ({"codec": {"up": "error_feedback(sign)"}}, r"codec\.up"),
+        ({"privacy": {"clip": 1.0, "delta": 0.1}}, r"privacy\.delta is for"),
+        ({"privacy": {**NOISED, "target_epsilon": 0.01}}, "in a round, more than"),
+    ],
+)
+def test_what_noise_does_not_cover_is_refused(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve_run({"privacy": NOISED, "method": "lora", **sections})
+
+
+def test_a_budget_becomes_noise_before_the_run(tmp_path: Path) -> None:
+    config = resolve_run({"clients": 20, "rounds": 4, "privacy": {"clip": 1.0, "target_epsilon": 3.0}})
+    noise = config.privacy.noise_multiplier
+    assert noise is not None
+    assert 2.97 <= epsilon_of({1: 4}, 1.0, noise, 20**-1.1) <= 3.0
+    assert f"noise_multiplier = {noise}" in config.to_toml()
+
+
+@pytest.mark.slow
+def test_a_private_run_that_is_killed_ends_with_the_same_bits(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds_privacy.secrets, "token_bytes", bytes)
+    config = configuration(tiny_encoder, tiny_texts, rounds=3, privacy={**NOISED, "target_epsilon": 9.0})
+    whole = run(config, tmp_path / "whole")
+    cut(config, tmp_path / "run", 2)  # after its sum was released, and before the round was written down
+    again = run(config, tmp_path / "run")
+    assert again["state_sha256"] == whole["state_sha256"]
+    assert again["privacy"] == whole["privacy"]
+    with (
+        pytest.raises(Exception, match=r"above privacy\.target_epsilon"),
+        Run(tmp_path / "run").extended(900) as more,
+    ):
+        run(more, tmp_path / "run")
+    assert Run(tmp_path / "run").goes_on_to is None
