@@ -138,6 +138,22 @@ def test_nobody_reveals_both_shares_of_a_peer() -> None:
         clients[0].unmask(server.context, Unmasking.read(server.unmasking(0)))
 
 
+@pytest.mark.parametrize("told_of_it", range(11))
+def test_however_the_server_splits_its_clients_it_never_gets_both_secrets_of_one(told_of_it: int) -> None:
+    clients = people(10, Rules(0.5, None, 3))
+    server = shared(clients)
+    masked(server, clients)
+    enough = 0
+    for survivors, asked in ((range(1, 10), range(10 - told_of_it, 10)), (range(10), range(10 - told_of_it))):
+        server.survivors, server._revealed = set(survivors), {}
+        for node in asked:
+            if node in server.survivors:
+                letter = Unmasking.read(server.unmasking(node))
+                server.take_unmasking(node, clients[node].unmask(server.context, letter))
+        enough += len(server._revealed.get(0, {})) >= server.group.threshold(0)
+    assert enough <= 1  # of the shares of client 0's key, and of those of its own mask's seed
+
+
 def test_nothing_is_left_to_reveal_after_a_session() -> None:
     clients = people(4)
     server = shared(clients)
