@@ -144,10 +144,11 @@ def add_node(folder: Path) -> Path:
     if bundle.exists():  # an interrupted call began it, and gave its number to nobody
         shutil.rmtree(bundle)
     authority = _kept(folder / "ca.pem")
+    certificate = _certify_own(folder, subject(number), key.public_key())
     bundle.mkdir(parents=True, mode=0o700)
     write_private(bundle / "node.key", key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     (bundle / "ca.pem").write_bytes(authority)
-    (bundle / CERTIFICATE).write_bytes(_certify_own(folder, subject(number), key.public_key()))
+    (bundle / CERTIFICATE).write_bytes(certificate)
     description = {
         "server": address_of(document["host"], document["port"]),
         "node": number,
