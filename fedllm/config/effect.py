@@ -21,6 +21,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[RunConfig], bool]]] = {
         lambda run: run.data.partition == "pathological",
     ),
     "data.test_fraction": ("runs without data.test_path", lambda run: run.data.test_path is None),
+    "tuning.start": ('model.quantize = "int8" or "nf4"', lambda run: run.model.quantize != "none"),
     "server.momentum": (
         'server.optimizer = "momentum", "adam" or "yogi"',
         lambda run: run.server.optimizer != "sgd",

@@ -85,5 +85,8 @@ class TuningConfig(Section):
     """LoRA scale: updates are multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Module names that carry adapters; empty takes peft's own choice for the architecture."""
+    start: Literal["usual", "residual"] = "usual"
+    """What LoRA on a quantised base begins as: ``usual``, nothing, or ``residual``, the best of its rank that
+    makes up for what quantising took away."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the peft method, by peft's own names."""

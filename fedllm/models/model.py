@@ -199,6 +199,8 @@ def load(config: RunConfig, labels: tuple[str, ...]) -> Model:
         # Before an adapter may wrap the table.
         vocabulary = base.model.get_input_embeddings().num_embeddings
         module = _network(base, config, task, task.outputs(labels))
+        if config.tuning.start == "residual" and not shapes:
+            _start_from_residual(module, config, source, tokenizer, labels)
     if config.model.prune != "none":
         mask_whole(module, config)
     if config.model.quantize == "none" and not shapes:  # bitsandbytes has placed its matrices already
@@ -228,6 +230,28 @@ def mask_whole(module: Network, config: RunConfig) -> None:
             f'"{config.tuning.peft}" trains others: take method = "fedavg", or a base that has zeros'
         )
     prune(module.backbone, pruning(config.model.prune), config.model.name)
+
+
+def _start_from_residual(
+    module: Network, config: RunConfig, source: str, tokenizer: Any, labels: tuple[str, ...]
+) -> None:
+    """Let LoRA begin as what quantising the base took away.
+
+    Raises:
+        ModelError: the base is not quantised, or the adapter is no LoRA.
+    """
+    tuning, packed = config.tuning, config.model.quantize
+    if packed == "none" or tuning.peft not in ("lora", "rslora") or tuning.options.get("use_dora"):
+        raise ModelError(
+            'tuning.start = "residual" makes up for a quantised base by LoRA; here model.quantize = '
+            f'"{packed}" and tuning.peft = "{tuning.peft}"'
+        )
+    from fedllm.models.compression.residual import start_from_residual
+
+    plainly = config.model.model_copy(update={"quantize": "none", "dtype": "float32"})
+    task, whole = tasks.of(config), config.model_copy(update={"model": plainly})
+    base = open_base(source, whole, task.classes(labels), task.pooling, tokenizer, torch.device("cpu"))
+    start_from_residual(module.backbone, base.model, config.seed)
 
 
 def _ending(module: Network, config: RunConfig) -> Ending | None:

@@ -26,6 +26,10 @@ def check(config: RunConfig, options: Options) -> None:
             raise ConfigError(reason)
 
     refuse(tuning.peft == "full", 'method = "lora" needs an adapter: tuning.peft = "full" goes with "fedavg"')
+    refuse(
+        options.rule != "fedit" and tuning.start != "usual",
+        f'{rule} begins from factors of its own, tuning.start = "{tuning.start}" from others: use rule fedit',
+    )
     stays = (server.optimizer, server.learning_rate) == ("sgd", 1.0)
     plain = tuning.peft in ("lora", "rslora") and not tuning.options.get("use_dora")
     refuse(

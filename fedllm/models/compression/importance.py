@@ -9,7 +9,7 @@ Averages run over the tokens of texts, padding left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from fedllm.models.anatomy import layers as layers_of
 from fedllm.models.compression.structure import feed_forward, groups_of
 
-__all__ = ["Measured", "groups", "measure", "most_influential", "neurons", "strength"]
+__all__ = ["Measured", "groups", "measure", "most_influential", "neurons", "spread", "strength"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,31 @@ class _Watch:
 
     def _linear(self, part: nn.Linear, given: tuple[Tensor, ...]) -> None:
         self.squares[id(part)] += given[0][self.mask].double().square().sum(0)
+
+
+def spread(
+    backbone: Any, parts: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the sum over tokens of x x' [width, width] float64, x the input of each part by its name."""
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def look(part: nn.Module, given: tuple[Tensor, ...]) -> None:
+            inputs = given[0].flatten(0, -2).float()
+            sums[name] = sums.get(name, 0) + (inputs.T @ inputs).double()
+
+        return look
+
+    hooks = [part.register_forward_pre_hook(hook(name)) for name, part in parts.items()]
+    backbone.eval()
+    try:
+        with torch.inference_mode():
+            for ids, mask in batches:
+                backbone(input_ids=ids, attention_mask=mask)
+    finally:
+        for one in hooks:
+            one.remove()
+    return sums
 
 
 def most_influential(found: Measured, count: int) -> tuple[int, ...]:
