@@ -11,6 +11,7 @@ from fedllm.tensors import TensorSpec
 from simulations import planner
 from simulations.bench.secagg import compare
 from simulations.bench.secagg.odds import exposed, failing
+from simulations.bench.secagg.sessions import proof
 
 
 def test_bytes_are_those_of_the_ring_and_of_shares() -> None:
@@ -40,3 +41,9 @@ def test_odds_are_hypergeometric(clients: int, neighbours: int, share: float) ->
     assert failing(clients, neighbours, 0.3, share) == pytest.approx(min(1.0, clients * gone))
     bad = scipy.stats.hypergeom(clients, round(0.3 * clients), neighbours).sf(needed - 1)
     assert exposed(clients, neighbours, 0.3, share) == pytest.approx(min(1.0, clients * bad))
+
+
+def test_a_proof_holds_a_signature_and_a_certificate() -> None:
+    found = proof(2)
+    assert 72 + 300 < found["bytes"] < 800  # an ECDSA signature of P-384 is about 100 bytes in DER
+    assert found["check_seconds"] > 0

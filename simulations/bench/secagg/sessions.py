@@ -7,10 +7,12 @@ and Flower's envelopes, which both rounds have, are left out.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,16 +22,17 @@ from fedllm.config import RunConfig
 from fedllm.randomness import derive
 from fedllm.secagg import words
 from fedllm.secagg.coordinator import Coordinator
-from fedllm.secagg.identity import Unproven
+from fedllm.secagg.identity import Certified, Unproven
 from fedllm.secagg.letters import Masking, Unmasking
 from fedllm.secagg.participant import Participant
 from fedllm.secagg.ring import Ring
 from fedllm.secagg.rules import Rules
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Tensors, TensorSpec
+from server.federation.provision import provision
 from simulations.bench.secagg.odds import NEIGHBOURHOODS, chances
 
-__all__ = ["ROWS", "compare", "run"]
+__all__ = ["ROWS", "compare", "proof", "run"]
 
 Made = TypeVar("Made")
 
@@ -50,7 +53,26 @@ ROWS: tuple[tuple[int, int | None, str], ...] = (
 
 def run() -> dict[str, object]:
     """Hold a session for each row, a twentieth of the clients lost after they have shared: some minutes."""
-    return {"rows": [compare(*row) for row in ROWS], "odds": [chances(*row) for row in NEIGHBOURHOODS]}
+    return {
+        "rows": [compare(*row) for row in ROWS],
+        "odds": [chances(*row) for row in NEIGHBOURHOODS],
+        "proof": proof(),
+    }
+
+
+def proof(times: int = 50) -> dict[str, float]:
+    """Measure what devices add to a session: bytes and seconds of a proof of keys, seconds of a check."""
+    with tempfile.TemporaryDirectory() as folder:
+        one, other = map(Certified.read, provision(Path(folder) / "federation", "localhost", 2))
+    cost, statement = _Cost(times), bytes(80)
+    for _ in range(times):
+        shown = cost.client(partial(one.prove, statement))
+        cost.server(partial(other.check, 0, statement, shown))
+    return {
+        "bytes": len(shown),
+        "prove_seconds": cost.client_seconds / times,
+        "check_seconds": cost.server_seconds / times,
+    }
 
 
 def compare(clients: int, neighbours: int | None, codec: str) -> dict[str, Any]:
