@@ -192,7 +192,8 @@ class Participant:
     def _reveal(self, session: _Session, letter: Unmasking) -> bytes:
         group = self._group(session)
         group.require(letter.survivors, self.node, session.sharers)
-        near = [each for each in group.neighbours(self.node) if each in set(session.sharers)]
+        survivors, sharers = set(letter.survivors), set(session.sharers)
+        near = [each for each in group.neighbours(self.node) if each in sharers]
         if len(letter.sealed) != len(near):
             raise WireError(f"{len(letter.sealed)} sealed shares came of {len(near)} neighbours")
         seal = bytes.fromhex(session.seal)
@@ -202,7 +203,7 @@ class Participant:
             found[each] = keys.opened(key, content) or 2 * NO_SHARE
         size = shamir.SHARE_BYTES
         return b"".join(
-            found[each][:size] if each in letter.survivors else found[each][size:] for each in sorted(found)
+            found[each][:size] if each in survivors else found[each][size:] for each in sorted(found)
         )
 
     def _require_same_sum(self, session: _Session, letter: Unmasking) -> None:

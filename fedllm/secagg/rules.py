@@ -87,14 +87,16 @@ class Group:
         Raises:
             WireError: they are too few, or not among those.
         """
-        if client not in clients or not set(clients) <= set(whole):
+        here = set(clients)
+        if client not in here or not here <= set(whole):
             raise WireError("a list of clients leaves out the one that is asked, or names strangers")
-        near = [each for each in self.neighbours(client) if each in set(clients)]
-        if len(clients) < self.quorum or len(near) + 1 < self.threshold(client):
-            raise WireError(
-                f"{len(clients)} of {len(self.members)} clients are left, {self.quorum} is the least "
-                "that a sum may be of (privacy.threshold)"
-            )
+        near = [each for each in self.neighbours(client) if each in here]
+        for left, least, whom in (
+            (len(clients), self.quorum, f"of {len(self.members)} clients"),
+            (len(near) + 1, self.threshold(client), "holders of this client's shares"),
+        ):
+            if left < least:
+                raise WireError(f"{left} {whom} are left, {least} is the least (privacy.threshold)")
         return near
 
 

@@ -287,3 +287,13 @@ def test_a_graph_of_neighbours_needs_fewer_shares() -> None:
     server = shared(clients)
     assert {len(found.sealed) for found in server.sharers.values()} == {6}
     assert {server.group.threshold(node) for node in clients} == {graph.quorum(7, 0.5)} == {4}
+
+
+def test_a_client_whose_neighbours_have_gone_masks_nothing() -> None:
+    clients = people(20, Rules(0.5, 6, 3))
+    server = shared(clients)
+    for gone in server.group.neighbours(0)[:4]:
+        del server.sharers[gone]
+    letter = Masking.read(server.masking(0, 10, 100))
+    with pytest.raises(WireError, match="3 holders of this client's shares are left, 4 is the least"):
+        clients[0].mask(server.context, letter, words.words_of(values_of(0), BITS), BITS)
