@@ -90,6 +90,11 @@ def conduct(
     with _taken_back_if_refused(folder, begun):
         session = open_session(config.to_json())  # as clients of this process ask for it
         config = config.placed(deployed=transport is not None)
+        if config.privacy.noised and config.privacy.noise_multiplier is None:
+            raise ConfigError(
+                f"privacy.target_epsilon = {config.privacy.target_epsilon:g} was not turned into noise: give "
+                "the run privacy.noise_multiplier as well, or resolve its configuration first"
+            )
         run = _same_run(folder, config, deployed=transport is not None) if begun else uuid4().hex[:12]
         if begun:
             require_signer(folder, signer)
