@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fedllm import plugins
 
-__all__ = ["KEYS", "READ", "plain", "unread"]
+__all__ = ["KEYS", "READ", "known", "plain"]
 
 KEYS = frozenset({"alpha", "options", "rank", "targets"})
 """The keys of ``[tuning]`` that some kinds read and others do not."""
@@ -42,26 +42,14 @@ def plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
-def unread(name: str) -> frozenset[str]:
-    """Return the keys of ``[tuning]`` that a kind does not read, such as the rank of what has none.
+def known(name: str) -> frozenset[str] | None:
+    """Return the keys of ``[tuning]`` that a kind reads; None of a plug-in's, of a newer peft's, or of none.
 
     Args:
         name: as ``tuning.peft`` takes it.
 
-    Raises:
-        ConfigError: a plug-in's kind is none, or takes a name that is taken.
-        ModelError: there is no such kind.
-
-    >>> sorted(unread("ia3")), sorted(unread("full"))
-    (['tuning.alpha', 'tuning.rank'], ['tuning.alpha', 'tuning.options', 'tuning.rank', 'tuning.targets'])
+    >>> sorted(known("ia3")), sorted(known("full"))
+    (['options', 'targets'], [])
     """
-    if plain(name) in READ and not plugins.adapters():
-        read = READ[plain(name)]
-    else:
-        # A plug-in's kind, one of a newer peft, or a mistake: whoever attaches it knows.
-        from fedllm.models.base.loading import quiet
-
-        with quiet():  # peft brings libraries that give hints when they are imported
-            from fedllm.models.adapters import reads
-        read = reads(name)
-    return frozenset(f"tuning.{key}" for key in KEYS - read)
+    # A plug-in may have taken a name: whoever attaches adapters says so.
+    return None if plugins.adapters() else READ.get(plain(name))
