@@ -32,6 +32,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[RunConfig], bool]]] = {
         'server.staleness = "polynomial"',
         lambda run: run.server.staleness == "polynomial",
     ),
+    "data.client_test_fraction": ("evaluation.clients = true", lambda run: run.evaluation.clients),
     "evaluation.new_tokens": ("evaluation.generate above 0", lambda run: run.evaluation.generate > 0),
 }
 """What a setting is for, and whether a run is that."""

@@ -194,6 +194,10 @@ def test_what_the_system_refuses_is_one_sentence_and_a_fault_of_ours_none(
         ),
         (["--stop", "x", "--resume", "x"], "--resume and --stop are two orders; give one"),
         (
+            ["quickstart", "--set", "data.client_test_fraction=0.2", "--dry-run"],
+            "data.client_test_fraction is for evaluation.clients = true",
+        ),
+        (
             ["--set", "simulation.profile=phones-4g", "--dry-run"],
             "simulation.profile = 'phones-4g' is for fedllm simulate",
         ),
