@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from fedllm.data.labels import Label, blank, plain, require_whole
 from fedllm.data.reading import Row
+from fedllm.data.shapes.columns import column_names
 from fedllm.errors import DataError
 
 __all__ = ["belonging", "column", "identity", "label", "text"]
@@ -26,7 +26,7 @@ def column(row: Row, name: str, key: str) -> Any:
     """
     if name not in row.columns:
         raise DataError(
-            f"{row.where}: there is no column {name!r} ({key}); the columns are {_listed(row.columns)}"
+            f"{row.where}: there is no column {name!r} ({key}); the columns are {column_names(row)}"
         )
     return row.columns[name]
 
@@ -88,11 +88,3 @@ def _plain(row: Row, name: str, key: str, wanted: str) -> Label:
     if found is None:
         raise DataError(f"{row.where}: column {name!r} ({key}) must {wanted}, not {problem}")
     return found
-
-
-def _listed(columns: Iterable[str]) -> str:
-    """Name columns for a message: a few, not their whole length, and nothing that cannot be sent."""
-    names = list(columns)
-    shown = [name.encode("utf-8", "backslashreplace").decode()[:40] for name in names[:12]]
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return (", ".join(shown) or "none") + more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ class Row:
     columns: Mapping[str, Any]
     file: str
     where: str
+    supposed: frozenset[str] = field(default=frozenset(), repr=False)
+    """Those of the columns that :meth:`supposing` added."""
+
+    def supposing(self, columns: Mapping[str, Any]) -> Row:
+        """Return the row as if it had these columns too: no message names them among those that it has."""
+        added = self.supposed | (columns.keys() - self.columns.keys())
+        return Row({**self.columns, **columns}, self.file, self.where, added)
+
+    @property
+    def found(self) -> list[str]:
+        """The names of the columns that the row came with."""
+        return [name for name in self.columns if name not in self.supposed]
 
 
 def visible(folder: Path) -> list[Path]:

@@ -157,15 +157,16 @@ def answered_rows(found: Sequence[Answered], tokenizer: Any, max_length: int) ->
 
 def asked(row: Row, names: Mapping[str, str]) -> Example | None:
     """Return a row's conversation up to where the assistant is to answer."""
-    columns = dict(row.columns)
+    columns = row.columns
+    supposed: dict[str, Any] = {}
     for role in ("messages", "conversations"):
         turns = columns.get(names.get(role, role))
         if isinstance(turns, list):
-            columns[names.get(role, role)] = [*turns, {"role": "assistant", "content": _ANY}]
+            supposed[names.get(role, role)] = [*turns, {"role": "assistant", "content": _ANY}]
             break
     else:
-        columns |= {names.get(role, role): _ANY for role in ("response", "completion", "output")}
-    found = messages(Row(columns, row.file, row.where), names)
+        supposed = {names.get(role, role): _ANY for role in ("response", "completion", "output")}
+    found = messages(row.supposing(supposed), names)
     return None if found is None else Example(_text(found[:-1]), parts=found[:-1])
 
 

@@ -95,7 +95,7 @@ class Ranking(Task):
             if not answered:
                 listed = row.columns[names.get("candidates", "candidates")]
                 clicks = [0] * len(listed) if isinstance(listed, list) else []
-                row = Row({**row.columns, names.get("clicks", "clicks"): clicks}, row.file, row.where)
+                row = row.supposing({names.get("clicks", "clicks"): clicks})
             found = candidates(row, names)
             if found is None:
                 return None

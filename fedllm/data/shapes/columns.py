@@ -99,8 +99,8 @@ def text_column(row: Row, key: str, names: Names) -> str:
 
 
 def column_names(row: Row) -> str:
-    """Return a row's columns for a message: a few, and not their whole length."""
-    names = [name.encode("utf-8", "backslashreplace").decode()[:40] for name in row.columns]
+    """Name a row's columns for a message: a few, not their whole length, and nothing that cannot be sent."""
+    names = [name.encode("utf-8", "backslashreplace").decode()[:40] for name in row.found]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"
 
 
