@@ -1,6 +1,8 @@
-"""The server's half of every method whose clients send updates that are averaged.
+"""What methods share whose clients send updates that are averaged.
 
-    server     w  <-  w + sum_k n_k (w_k - w) / sum_k n_k           n_k: client k's number of texts
+    client k   w_k <- local steps from w on its own texts; sends w_k - w and its number of texts n_k
+
+    server     w   <- w + sum_k n_k (w_k - w) / sum_k n_k
 
 (McMahan et al., AISTATS 2017, algorithm 1), or what ``server.robust`` puts in the place of the mean. The
 result is the same bits whatever the order of replies.
@@ -11,14 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedllm.config import RunConfig
-from fedllm.models.training import stride
+from fedllm.models.training import descend, minibatches, stride
+from fedllm.randomness import stream
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, spec_of
-from strategies.base import Commit, Exchange, Method, Reply, State, Step
+from strategies.base import Answer, Commit, Exchange, Method, Passes, Reply, State, Step, Work
 from strategies.private import sum_of
 from strategies.robust import Kept
 
-__all__ = ["Averaging"]
+__all__ = ["Averaging", "train"]
 
 
 @dataclass
@@ -27,6 +30,22 @@ class MeanAccumulator:
 
     number: int
     updates: WeightedSum | Kept
+
+
+def train(config: RunConfig, work: Work, steps: int) -> Answer:
+    """Client: take so many local steps on its own texts; return how far they led.
+
+    Raises:
+        RunFailed: the loss is not finite.
+    """
+    training, model = config.training, work.model
+    batches = minibatches(
+        work.train, training.batch_size, steps, stream(config.seed, "batches", work.round, work.node)
+    )
+    losses = descend(list(model.trainable().values()), model.loss, batches, training, work.progress)
+    update = {name: after - work.tensors[name] for name, after in model.read().items()}
+    steps = len(losses)
+    return Answer(update, len(work.train), {"loss": sum(losses) / steps}, passes=Passes(steps, steps))
 
 
 class Averaging(Method):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedllm.data.reading import Row
     from fedllm.data.tokens import Overlong, Tokens
 
-__all__ = ["IGNORED", "Distribution", "Exercise", "PerToken", "Pooling", "Scorer", "Task"]
+__all__ = ["IGNORED", "Distribution", "Each", "Exercise", "PerToken", "Pooling", "Scorer", "Task"]
 
 Pooling = Literal["mean", "cls", "last", "own", "each", "causal", "seq2seq"]
 """What a prediction is made from; see :class:`fedllm.models.network.Network`."""
@@ -356,6 +356,30 @@ class Task(ABC):
     def answer(self, logits: torch.Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return what is shown of the predictions of a batch: one mapping for each row."""
         raise NotImplementedError(f"{type(self).__name__} answers by generating")
+
+
+class Each(Task):
+    """Puts a head of its own on each of something, whose numbers are read at one token.
+
+    Attributes:
+        each: what the head is put on.
+    """
+
+    each: ClassVar[str] = "token"
+
+    def misfit(self) -> str | None:
+        """The head is ours."""
+        if self.config.model.pooling == "own":
+            return (
+                f'model.task = "{self.name}" puts a head of its own on every {self.each}: '
+                "leave model.pooling alone"
+            )
+        return None
+
+    @property
+    def pooling(self) -> Pooling:
+        """Every token is predicted for itself."""
+        return "each"
 
 
 class PerToken(Task):

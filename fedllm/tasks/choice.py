@@ -12,7 +12,7 @@ from fedllm.data.columns import column, text
 from fedllm.data.corpus import Example
 from fedllm.data.reading import Row
 from fedllm.errors import DataError
-from fedllm.tasks.base import IGNORED, Pooling, Scorer, Task
+from fedllm.tasks.base import IGNORED, Each, Scorer
 
 if TYPE_CHECKING:
     import torch
@@ -41,29 +41,19 @@ class _Hits(Scorer):
         return {"accuracy": self.hits / max(self.count, 1)}
 
 
-class Choice(Task):
+class Choice(Each):
     """One number for each choice, read at its last token; the highest is chosen.
 
     Question and choices stand in one row, so that an encoder compares them. The choices are never cut.
     """
 
     name: ClassVar[str] = "choice"
+    each: ClassVar[str] = "choice"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     pipeline: ClassVar[str] = "multiple-choice"
     one_text: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ("prompt", "choices", "answer")
     plain: ClassVar[bool] = False
-
-    def misfit(self) -> str | None:
-        """The head is ours."""
-        if self.config.model.pooling == "own":
-            return 'model.task = "choice" puts a head of its own on every choice: leave model.pooling alone'
-        return None
-
-    @property
-    def pooling(self) -> Pooling:
-        """Every choice ends with a token of its own."""
-        return "each"
 
     def read(self, row: Row, config: DataConfig, *, answered: bool = True) -> Example | None:
         """Return a row's question, its choices and the number of the right one.

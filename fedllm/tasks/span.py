@@ -12,7 +12,7 @@ from fedllm.data.corpus import Example
 from fedllm.data.reading import Row
 from fedllm.data.shapes.answers import answers
 from fedllm.errors import DataError
-from fedllm.tasks.base import Pooling, Scorer, Task
+from fedllm.tasks.base import Each, Scorer
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class _Quotes(Scorer):
         return squad(written, [self.tokens.wanted[text] for text in texts])
 
 
-class Span(Task):
+class Span(Each):
     """Two predictions for each row: its first and its last token of the answer, or twice the row's first.
 
     What is longer than ``data.max_length`` becomes rows that overlap, each with the whole question.
@@ -114,17 +114,6 @@ class Span(Task):
     plain: ClassVar[bool] = False
     both_ways: ClassVar[bool] = True
 
-    def misfit(self) -> str | None:
-        """The head is ours."""
-        if self.config.model.pooling == "own":
-            return 'model.task = "span" puts a head of its own on every token: leave model.pooling alone'
-        return None
-
-    @property
-    def pooling(self) -> Pooling:
-        """Every token may be the first or the last."""
-        return "each"
-
     @property
     def overlong(self) -> tuple[Overlong, ...]:
         """Rows that overlap, in any case."""
@@ -134,7 +123,7 @@ class Span(Task):
         """Return a row's question, text and answers; questions to one text stay on one side of a split."""
         if not answered:
             without: dict[str, Any] = {config.columns.get("answers", "answers"): []}
-            row = Row({**row.columns, **without}, row.file, row.where)
+            row = row.supposing(without)
         found = answers(row, config.columns)
         if found is None:
             return None

@@ -14,7 +14,7 @@ from fedllm.data.reading import Row
 from fedllm.data.shapes.columns import absent, structured
 from fedllm.data.shapes.entities import iob2, tagged
 from fedllm.errors import DataError
-from fedllm.tasks.base import IGNORED, PerToken, Pooling, Scorer
+from fedllm.tasks.base import IGNORED, Each, PerToken, Scorer
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ class EntityScores(Scorer):
         return {name: float(value) for name, value in scores.items()}
 
 
-class TokenTask(PerToken):
+class TokenTask(Each, PerToken):
     """A tag for every word, learnt and read at the word's first token."""
 
     name: ClassVar[str] = "tokens"
@@ -112,14 +112,7 @@ class TokenTask(PerToken):
                 f'data.classes must name all tags of model.task = "tokens": O, and B-KIND and I-KIND of each '
                 f"kind{said}"
             )
-        if self.config.model.pooling == "own":
-            return 'model.task = "tokens" puts a head of its own on every token: leave model.pooling alone'
-        return None
-
-    @property
-    def pooling(self) -> Pooling:
-        """Every token is predicted for itself."""
-        return "each"
+        return super().misfit()
 
     @property
     def overlong(self) -> tuple[Overlong, ...]:
@@ -256,7 +249,7 @@ def _unanswered(row: Row, names: Mapping[str, str]) -> Row:
         without: dict[str, Any] = {names.get("tags", "tags"): [_NONE] * len(listed)}
     else:
         without = {names.get("spans", "spans"): []}
-    return Row({**row.columns, **without}, row.file, row.where)
+    return row.supposing(without)
 
 
 def _first_tokens(tokens: np.ndarray[Any, Any], words: np.ndarray[Any, Any]) -> tuple[Indices, Indices]:

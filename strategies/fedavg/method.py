@@ -12,10 +12,8 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.models import model as models
 from fedllm.models.model import Model
-from fedllm.models.training import descend, minibatches
-from fedllm.randomness import stream
-from strategies.averaging import Averaging
-from strategies.base import Answer, Passes, Work
+from strategies.averaging import Averaging, train
+from strategies.base import Answer, Work
 from strategies.fedavg.options import Options
 
 __all__ = ["FedAvg", "Options"]
@@ -45,10 +43,4 @@ class FedAvg(Averaging):
 
     def run(self, work: Work) -> Answer:
         """Client: train on its own texts, send the update."""
-        training, model = self.config.training, work.model
-        generator = stream(self.config.seed, "batches", work.round, work.node)
-        batches = minibatches(work.train, training.batch_size, training.local_steps, generator)
-        losses = descend(list(model.trainable().values()), model.loss, batches, training, work.progress)
-        update = {name: after - work.tensors[name] for name, after in model.read().items()}
-        steps = len(losses)
-        return Answer(update, len(work.train), {"loss": sum(losses) / steps}, passes=Passes(steps, steps))
+        return train(self.config, work, self.config.training.local_steps)

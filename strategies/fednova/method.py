@@ -19,12 +19,10 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.models import model as models
 from fedllm.models.model import Model
-from fedllm.models.training import descend, minibatches
-from fedllm.randomness import stream
 from fedllm.sums import WeightedSum
 from fedllm.tensors import spec_of
-from strategies.averaging import Averaging, MeanAccumulator
-from strategies.base import Answer, Passes, Reply, State, Step, Work
+from strategies.averaging import Averaging, MeanAccumulator, train
+from strategies.base import Answer, Reply, State, Step, Work
 from strategies.fednova.options import Options
 
 __all__ = ["FedNova", "Options"]
@@ -62,13 +60,7 @@ class FedNova(Averaging):
 
     def run(self, work: Work) -> Answer:
         """Client: train as long as its own texts last, send the update."""
-        training, model = self.config.training, work.model
-        generator = stream(self.config.seed, "batches", work.round, work.node)
-        batches = minibatches(work.train, training.batch_size, self.steps(len(work.train)), generator)
-        losses = descend(list(model.trainable().values()), model.loss, batches, training, work.progress)
-        update = {name: after - work.tensors[name] for name, after in model.read().items()}
-        steps = len(losses)
-        return Answer(update, len(work.train), {"loss": sum(losses) / steps}, passes=Passes(steps, steps))
+        return train(self.config, work, self.steps(len(work.train)))
 
     def begin(self, state: State, round: int) -> NormalisedMean:
         """Start sums of updates and of steps."""
