@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import ssl
 import warnings
 from collections.abc import Iterator, Mapping
@@ -125,7 +126,7 @@ class Control:
         try:
             self._client.ListRuns(ListRunsRequest(limit=1))
         except (httpx.HTTPError, PermissionError) as error:
-            self.trouble = str(error)
+            self.trouble = re.sub(r"^\[Errno -?\d+\] ", "", str(error))
             return False
         return True
 

@@ -309,7 +309,8 @@ def test_a_folder_has_one_server_and_whoever_runs_waits_while_it_starts(
     folder = tmp_path / "federation"
     provision(folder, "localhost", 1)
     assert not is_served(folder)
-    with pytest.raises(RunFailed, match=r"nobody serves .*Connection refused.*start it: fedllm server"):
+    wanted = r"nobody serves .*host \(Connection refused\); start it: fedllm server"
+    with pytest.raises(RunFailed, match=wanted):
         await_link(folder, control(refuses=1))
     with serving._sole_server(folder):
         assert is_served(folder)
