@@ -120,14 +120,19 @@ def _module(name: str) -> str:
 
 
 def _entries(module: str) -> str:
-    """Return mkdocstrings' directives for a module's public names, each at the first place that offers it."""
-    text = ""
+    """Return mkdocstrings' directives for a module's public names, each at the first place that offers it.
+
+    A name of the front door has a link that leads there: whoever writes a task looks for ``Task`` here.
+    """
+    text, links = "", ""
     for name in import_module(module).__all__:
         public = f"{module}.{name}"
         path = home(public, getattr(import_module(module), name))
         if _first_offers()[path] == public:
             text += f"::: {path}\n    options:\n      heading: {public}\n\n"
-    return text
+        elif _first_offers()[path] == f"fedllm.{name}":
+            links += f"See also [`{public}`][{path}].\n\n"
+    return links + text
 
 
 @cache
