@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedllm.codecs.base import FramedCodec
 from fedllm.codecs.chain import Chain, spell
 from fedllm.codecs.stages.concatenate import Concatenate
 from fedllm.codecs.stages.entropy import Packed
@@ -36,7 +37,11 @@ def chain(*stages: Any) -> Chain:
     pieces: dict[str, list[Any]] = {name: [] for name in _NEEDS}
     for stage in stages:
         if getattr(stage, "kind", None) not in _NEEDS:
-            raise ConfigError(f"{stage.name} is a codec by itself and cannot be a stage of a chain")
+            kinds = ", ".join(map(repr, _NEEDS))
+            wrong = f"does not say what it is: give its class a kind, one of {kinds}"
+            if isinstance(stage, FramedCodec):
+                wrong = "is a codec by itself and cannot be a stage of a chain"
+            raise ConfigError(f"{getattr(stage, 'name', stage)} {wrong}")
         if kind not in _FOLLOWS[stage.kind]:
             raise ConfigError(
                 f"{stage.name} takes {_NEEDS[stage.kind]}, but {before} leaves {_LEAVES[kind]}"

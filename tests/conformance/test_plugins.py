@@ -159,6 +159,13 @@ def test_a_file_adds_a_codec_stage(tmp_path: Path) -> None:
     assert "halves" in [entry.name for entry in catalogue()]
 
 
+def test_a_stage_that_does_not_say_its_kind_is_told_so(tmp_path: Path) -> None:
+    text = STAGE.replace("stages.floats", "chain").replace("Cast", "Transform").replace("halves", "kindless")
+    plugins.load([written(tmp_path, "plugged_kindless", text)])
+    with pytest.raises(ConfigError, match="kindless does not say what it is: give its class a kind"):
+        parse("kindless | sign")
+
+
 def test_installed_ones_need_not_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they are called they say themselves, whatever the entry point is called."""
     entry = (
