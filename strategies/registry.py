@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedllm import plugins, tasks
 from fedllm.config import MethodOptions, Override, RunConfig, read_override, require_effect, resolve
 from fedllm.errors import ConfigError
-from fedllm.models import tuning
+from fedllm.models.tuning import kinds
 
 if TYPE_CHECKING:
     from fedllm.codecs import Codecs
@@ -203,7 +203,7 @@ def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
                 f'{said}: method = "{config.method}" tunes the whole model; use method = "lora", or leave '
                 "it out"
             )
-    unread = (f"tuning.{key}" for key in tuning.KEYS - _read(peft))
+    unread = (f"tuning.{key}" for key in kinds.KEYS - _read(peft))
     lacking = dict.fromkeys(unread, f'other kinds of tuning.peft than "{peft}"')
     if config.model.dtype == "bfloat16" and (peft == "full" or "tuning.rank" in options.unread):
         lacking["model.dtype"] = "what is frozen, and here all is trained, in float32"
@@ -212,12 +212,12 @@ def _require_tuned(config: RunConfig, overrides: Iterable[Override]) -> None:
 
 def _read(peft: str) -> frozenset[str]:
     """Return the keys of ``[tuning]`` that a kind reads, from the table, or else from who attaches it."""
-    if (found := tuning.known(peft)) is not None:
+    if (found := kinds.known(peft)) is not None:
         return found
     from fedllm.models.base.loading import quiet
 
     with quiet():  # peft brings libraries that give hints when they are imported
-        from fedllm.models.adapters import reads
+        from fedllm.models.tuning.adapters import reads
     return reads(peft)
 
 

@@ -285,7 +285,7 @@ def _positions(base: Base, module: Network, config: RunConfig) -> int | None:
 def _network(opened: Base, config: RunConfig, task: Task, outputs: int) -> Network:
     base = backbone = opened.model
     if config.tuning.peft != "full":
-        from fedllm.models.adapters import attach
+        from fedllm.models.tuning.adapters import attach
 
         backbone = attach(backbone, config, PEFT.get(task.pooling, "FEATURE_EXTRACTION"), opened.heads)
     if config.training.recomputes:

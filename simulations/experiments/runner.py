@@ -32,7 +32,7 @@ _GRACE = 15.0
 """Seconds that a cell has to stop in when it is asked to."""
 _IMPORTED = (
     "simulations.engines.loopback",
-    "fedllm.models.adapters",
+    "fedllm.models.tuning.adapters",
     "flwr_datasets.partitioner",
     "transformers.models.bert.modeling_bert",
 )

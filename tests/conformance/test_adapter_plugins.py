@@ -17,8 +17,8 @@ from fedllm import plugins
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models import extra_adapters
-from fedllm.models.adapters import method_names
 from fedllm.models.model import load
+from fedllm.models.tuning.adapters import method_names
 from simulations.results.predict import predict
 from tests.rounds.federation import configuration, run
 

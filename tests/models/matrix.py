@@ -22,8 +22,8 @@ import torch
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, ModelError, RunFailed
-from fedllm.models.adapters import method_names
 from fedllm.models.readback import Unchecked, require_true
+from fedllm.models.tuning.adapters import method_names
 from server.rounds.rehearsal import few_texts, rehearse
 from strategies.session import Session
 from tests.conformance.federation import federate, start

@@ -34,7 +34,7 @@ def conducted(config: RunConfig, folder: Path, when: str = "never:0") -> int | N
             end.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "fedllm.models.adapters"])
+    context.set_forkserver_preload([__name__, "fedllm.models.tuning.adapters"])
     process = context.Process(target=_conduct, args=(config.to_json(), folder, when))
     process.start()
     process.join()

@@ -13,9 +13,10 @@ import torch
 
 from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
 from fedllm.errors import ModelError
-from fedllm.models import extra_adapters, tuning
-from fedllm.models.adapters import _config_class, method_names, reads
+from fedllm.models import extra_adapters
 from fedllm.models.model import Model, load
+from fedllm.models.tuning import kinds
+from fedllm.models.tuning.adapters import _config_class, method_names, reads
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
@@ -30,8 +31,8 @@ def loaded(base: Path, task: Any, method: str, options: dict[str, Any], **keys: 
 
 
 def test_the_table_of_what_is_read_says_of_each_kind_what_peft_says() -> None:
-    kinds = ["full", *method_names()]
-    assert {kind: tuning.READ.get(kind) for kind in kinds} == {kind: reads(kind) for kind in kinds}
+    names = ["full", *method_names()]
+    assert {name: kinds.READ.get(name) for name in names} == {name: reads(name) for name in names}
 
 
 @pytest.mark.parametrize(

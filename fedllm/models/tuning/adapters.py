@@ -20,8 +20,8 @@ from fedllm import tasks
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models import extra_adapters
-from fedllm.models.peft_options import check_options, refuse_ignored
-from fedllm.models.tuning import plain
+from fedllm.models.tuning.kinds import plain
+from fedllm.models.tuning.peft_options import check_options, refuse_ignored
 from fedllm.wording import suggest
 
 __all__ = ["attach", "method_names", "reads"]
