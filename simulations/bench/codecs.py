@@ -25,8 +25,9 @@ from fedllm.codecs.stages.quantize import Quantize
 from fedllm.codecs.stages.rotate import Rotate
 from fedllm.extras import installed, require
 from fedllm.tensors import Tensors, spec_of
-from simulations.bench import codec_fuzz, coders
+from simulations.bench import coders
 from simulations.bench.peer import eden
+from simulations.bench.reply_fuzz import payloads
 
 __all__ = ["draw", "run"]
 
@@ -89,7 +90,7 @@ def run(fuzz: int = 0) -> dict[str, Any]:
         "low_rank": low_rank,
         "coders": coders.run(),
         "curves": {name: [_quality(text) for text in texts] for name, texts in CURVES.items()},
-        "fuzz": codec_fuzz.fuzz(fuzz) if fuzz else None,
+        "fuzz": payloads.fuzz(fuzz) if fuzz else None,
     }
 
 

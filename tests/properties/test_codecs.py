@@ -21,7 +21,7 @@ from fedllm.codecs.stages.rotate import Rotate, hadamard
 from fedllm.codecs.stages.sparse import index_bytes, pack_positions, unpack_positions
 from fedllm.errors import CodecError
 from fedllm.tensors import Tensors, dense_bytes, spec_of
-from simulations.bench.codec_fuzz import CODECS, Sample, fuzz, mutate, samples
+from simulations.bench.reply_fuzz.payloads import CODECS, Sample, fuzz, mutate, samples
 
 quick = settings(max_examples=30, deadline=None)
 

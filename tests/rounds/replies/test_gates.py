@@ -30,7 +30,7 @@ from server.rounds import gates
 from server.rounds.conduct import Transport
 from server.rounds.conduct import conduct as conduct_run
 from server.rounds.state import ServerState
-from simulations.bench.reply_fuzz import HONEST, LIARS, Answerer, conduct
+from simulations.bench.reply_fuzz.replies import HONEST, LIARS, Answerer, conduct
 from simulations.engines.loopback import LoopbackGrid, loopback
 from strategies.fwdllm.warm_start import counted
 from strategies.registry import resolve_run

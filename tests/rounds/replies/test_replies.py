@@ -18,7 +18,7 @@ from fedllm.protocol import claims, wire
 from fedllm.protocol.wire import Instruction, Reply
 from fedllm.runs.reader import Run
 from server.rounds.roster import Member, Roster
-from simulations.bench.reply_fuzz import CONFIGS, HONEST, LIARS, Answerer, conduct, fuzz
+from simulations.bench.reply_fuzz.replies import CONFIGS, HONEST, LIARS, Answerer, conduct, fuzz
 from strategies.lora.method import Lora, LoraAccumulator
 from tests.parts import quick
 

@@ -34,7 +34,7 @@ from fedllm.tensors import Tensors, pack
 from server.rounds.admission import Proven
 from server.rounds.engine import Engine
 from server.rounds.state import ServerState
-from simulations.bench.codec_fuzz import mutate
+from simulations.bench.reply_fuzz.payloads import mutate
 from simulations.engines.loopback import LoopbackGrid, loopback
 from strategies import registry
 from strategies.base import Exchange, Method
