@@ -157,20 +157,21 @@ def _clients(run: Run, nodes: Sequence[NodeRound]) -> list[dict[str, Any]]:
     moved: dict[int, dict[str, int]] = defaultdict(dict)
     for group in run.traffic(("node", "direction")):
         moved[group["node"]][group["direction"]] = group["bytes"]
-    worked = {node: [row for row in rows[node] if row.exchange not in SESSION] for node in rows}
-    trained = {node: [row for row in worked[node] if row.exchange != "evaluate"] for node in rows}
+    asked = sorted(rows.keys() | moved.keys())
+    worked = {node: [row for row in rows[node] if row.exchange not in SESSION] for node in asked}
+    trained = {node: [row for row in worked[node] if row.exchange != "evaluate"] for node in asked}
     scored = {row.node: row for row in nodes if row.exchange == "evaluate" and row.status == "accepted"}
     return [
         {
             "node": node,
             "statuses": Counter(row.status for row in rows[node]),
-            "examples": sum(row.examples for row in trained.get(node, ()) if row.status == "accepted"),
-            "loss": next((row.loss for row in reversed(trained.get(node, ())) if row.loss is not None), None),
+            "examples": sum(row.examples for row in trained[node] if row.status == "accepted"),
+            "loss": next((row.loss for row in reversed(trained[node]) if row.loss is not None), None),
             "scores": own_scores(scored[node], run.config.metric) if node in scored else {},
             "compute_seconds": fmean(row.compute_seconds for row in worked[node]) if worked[node] else None,
             "peak_rss_bytes": max((row.peak_rss_bytes for row in rows[node]), default=0),
             "up": moved[node].get("up", 0),
             "down": moved[node].get("down", 0),
         }
-        for node in sorted(rows.keys() | moved.keys())
+        for node in asked
     ]

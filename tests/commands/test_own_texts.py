@@ -72,9 +72,13 @@ def test_a_preset_that_was_named_is_kept_to_the_letter(fedllm: Fedllm, own: list
 
 @pytest.mark.parametrize("preset", [preset.name for preset in presets() if preset.name != "own"])
 def test_a_preset_gives_all_that_could_be_chosen(preset: str) -> None:
-    """Over any texts; nothing lies at the path, which is not even looked at."""
+    """Over any texts: nothing lies at the path, which is not looked at. A precision is the processor's."""
     config = resolve_run(document(preset), ["data.path=nothing.jsonl"])
-    assert StartingPoint(pytest.fail)(config) is config
+    said: list[str] = []
+    chosen = StartingPoint(said.append)(config)
+    settled = {"model": config.model.model_copy(update={"dtype": chosen.model.dtype})}
+    assert chosen == config.model_copy(update=settled)
+    assert len(said) == (config.model.dtype == "auto")
 
 
 def test_bundled_texts_are_not_ones_own(fedllm: Fedllm, tmp_path: Path) -> None:
