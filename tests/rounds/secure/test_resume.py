@@ -16,6 +16,7 @@ from fedllm.protocol import wire
 from fedllm.runs.reader import Run
 from server.federation.provision import provision
 from strategies.session import forget_sessions
+from tests.parts import quick
 from tests.rounds.federation import DeviceGrid, Killed, run
 from tests.rounds.killed import conducted
 from tests.rounds.secure.test_runs import SECURE, Asking, config_of
@@ -59,7 +60,7 @@ def killing(step: str, seen: list[bytes], *, after: int = 3) -> Callable[[Messag
     return fault
 
 
-@pytest.mark.parametrize("step", ["keys", "shares", "fit", "unmask"])
+@pytest.mark.parametrize("step", quick(["keys", "shares", "fit", "unmask"], "fit"))
 @pytest.mark.parametrize("devices", [False, True], ids=["simulated", "devices"])
 def test_the_same_bits_after_a_kill(
     step: str, devices: bool, bundles: list[Path], tiny_encoder: Path, tiny_texts: Path, tmp_path: Path,
