@@ -44,6 +44,7 @@ def test_a_part_that_fails_ends_it(made: Path) -> None:
     assert made.read_text().split() == ["lint", "broken"]
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_stopped_and_said(made: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(made, "hanging", "docs", CI_MINUTES="0") == 124
     assert made.read_text().split() == ["hanging"]

@@ -203,6 +203,7 @@ def test_bytes_on_an_axis_have_units() -> None:
     assert {"750 B", "1 kB", "1.25 kB"} <= {text.get_text() for text in axis.get_ticklabels()}
 
 
+@pytest.mark.slow
 def test_a_plot_is_saved_for_papers_and_pages(tmp_path: Path) -> None:
     figure = plots.traffic([made(1)])
     assert plots.save(figure, tmp_path / "traffic.png") == tmp_path / "traffic.png"

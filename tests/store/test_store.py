@@ -347,6 +347,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_stays_whole(tmp_path: Path) -> 
     assert [record.round for record in Run(tmp_path / "run").rounds()] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_running_folder_is_refused_with_the_pid(tmp_path: Path) -> None:
     with RunStore.create(tmp_path / "run", CONFIG) as store:
         commit(store, 1)

@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import norm
 
 from fedllm.accounting import epsilon_of, least_noise, usual_delta
+from tests.parts import quick
 
 
 def gaussian_delta(epsilon: float, noise: float) -> float:
@@ -58,7 +59,10 @@ def test_two_releases_of_a_round_share_its_coins_and_cost_more_than_two_rounds()
 
 @pytest.mark.parametrize(
     ("target", "rounds", "rate", "delta"),
-    [(1.0, 10, 1.0, usual_delta(10)), (3.0, 10, 0.1, usual_delta(100)), (8.0, 20, 0.5, 1e-5)],
+    quick(
+        [(1.0, 10, 1.0, usual_delta(10)), (3.0, 10, 0.1, usual_delta(100)), (8.0, 20, 0.5, 1e-5)],
+        (8.0, 20, 0.5, 1e-5),
+    ),
 )
 def test_the_least_noise_spends_the_budget_within_a_hundredth(
     target: float, rounds: int, rate: float, delta: float

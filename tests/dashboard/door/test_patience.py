@@ -65,17 +65,20 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 HALF = [b"", b"GET / HTTP/1.1\r\nHost: a\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nab"]
 
 
+@pytest.mark.slow
 def test_half_a_request_is_cut_off() -> None:
     with _serving(patience.Impatient, *HALF) as (_, clients):
         assert [_answer_to(client) for client in clients] == [b"", b"", b""]
 
 
+@pytest.mark.slow
 def test_a_slow_answer_is_waited_for() -> None:
     whole = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nab"
     with _serving(patience.Impatient, whole) as (_, (client,)):
         assert _answer_to(client).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.slow
 def test_only_the_head_of_a_request_is_hurried_where_bodies_have_a_time_of_their_own() -> None:
     """As at the SuperLink: half a head is cut off, half a body is waited for."""
     nothing, half, head = *HALF[:2], b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n"
@@ -86,6 +89,7 @@ def test_only_the_head_of_a_request_is_hurried_where_bodies_have_a_time_of_their
         assert b"3 bytes" in _answer_to(patient)
 
 
+@pytest.mark.slow
 def test_a_head_that_trickles_is_cut_off() -> None:
     with _serving(patience.PromptHeads) as (port, _), _saying(port, b"GET / HTTP/1.1\r\n") as connection:
         cut_off = False

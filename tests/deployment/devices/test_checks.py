@@ -230,6 +230,7 @@ def test_the_check_reads_to_the_end_as_the_worker_does(
     assert re.search(words, found.sentence)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_for_a_devices_texts_gives_the_checks_reason(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:

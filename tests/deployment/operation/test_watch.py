@@ -302,6 +302,7 @@ def test_who_notes_an_end_is_not_taken_for_the_run_that_goes_on(
     assert Run(folder).status == "finished"
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_server_and_whoever_runs_waits_while_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ def killing(step: str, seen: list[bytes], *, after: int = 3) -> Callable[[Messag
 
 
 @pytest.mark.parametrize("step", quick(["keys", "shares", "fit", "unmask"], "fit"))
-@pytest.mark.parametrize("devices", [False, True], ids=["simulated", "devices"])
+@pytest.mark.parametrize("devices", quick([False, True], True))
 def test_the_same_bits_after_a_kill(
     step: str, devices: bool, bundles: list[Path], tiny_encoder: Path, tiny_texts: Path, tmp_path: Path,
 ) -> None:  # fmt: skip

@@ -118,6 +118,7 @@ def test_nothing_of_a_single_client_is_told(tiny_encoder: Path, tiny_texts: Path
     assert [total.accepted for total in node_totals(tmp_path / "run")] == [2] * 6
 
 
+@pytest.mark.slow
 def test_simulated_devices_pay_for_its_exchanges(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
