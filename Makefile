@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt requirements-bundled.txt
-PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile
 # With RETRY=1 in the environment a few tests that failed are run once more, alone: see tests/again.py.
 AGAIN = || { [ -n "$(RETRY)" ] && $(BIN)/python -m tests.again; }
 
@@ -27,7 +27,7 @@ test-quick: .venv/.installed-test
 
 test-slow: .venv/.installed-test
 	@$(BIN)/python -m tests.dashboard.chromium
-	$(PYTEST) --durations 10 -m "slow and not soak" $(ARGS) $(AGAIN)
+	$(PYTEST) --no-loadscope-reorder --durations 10 -m "slow and not soak" $(ARGS) $(AGAIN)
 
 test-soak: export OMP_NUM_THREADS = 1
 
