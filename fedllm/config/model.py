@@ -33,8 +33,10 @@ def pruning(text: str) -> Pruning:
     >>> pruning("magnitude(0.5)"), pruning("2:4").of
     (Pruning(kind='magnitude', share=0.5, of=(0, 0)), (2, 4))
     """
-    if text in ("none", "zeros"):
-        return Pruning(text)  # type: ignore[arg-type]
+    if text == "none":
+        return Pruning("none")
+    if text == "zeros":
+        return Pruning("zeros")
     if found := re.fullmatch(r"magnitude\((0?\.[0-9]+)\)", text):
         return Pruning("magnitude", float(found[1]))
     found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
