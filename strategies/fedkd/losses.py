@@ -198,6 +198,7 @@ class Distillation:
         reverse: take the KL terms in the other direction, see :func:`divergence`.
         literal: leave D in the graph, as the paper's equations can be read: a model may then lower its
             distillation loss by raising its task loss. By default D only weighs.
+        adaptive: divide by D at all; the paper's ablation goes without (its figure 3).
         mutual_weight: multiplies Ld_t and Ld_s, >= 0; the paper has 1.
         hidden_weight: multiplies Lh, hidden states and attention maps together, >= 0; the paper has 1.
     """
@@ -210,6 +211,7 @@ class Distillation:
     literal: bool = False
     mutual_weight: float = 1.0
     hidden_weight: float = 1.0
+    adaptive: bool = True
 
     def __call__(
         self,
@@ -250,6 +252,8 @@ class Distillation:
 
     def _scale(self, own: Tensor, other: Tensor) -> Tensor:
         total = own + other
+        if not self.adaptive:
+            return torch.ones_like(total)
         return total.clamp(min=LITERAL_SCALE) if self.literal else total.detach().clamp(min=SMALLEST_SCALE)
 
     def _divergence(self, target: Tensor, logits: Tensor, kind: Distribution) -> Tensor:

@@ -263,6 +263,7 @@ class _Objective:
             options.literal,
             options.mutual_weight,
             options.hidden_weight,
+            options.adaptive,
         )
         self.layers = range(1, depth(student) + 1)
         whole = depth(tutor.model) if tutor is not None else depth(student)

@@ -27,9 +27,11 @@ class Options(MethodOptions):
             "hidden": ("teacher", (True,)),
             "attention": ("teacher", (True,)),
             "ramp": ("teacher", (True,)),
+            "adaptive": ("teacher", (True,)),
             "mutual_weight": ("mutual", (True,)),
             "temperature": ("mutual", (True,)),
             "divergence": ("mutual", (True,)),
+            "literal": ("adaptive", (True,)),
         }
     )
 
@@ -65,5 +67,7 @@ class Options(MethodOptions):
     """Softens both predictions of the KL terms."""
     divergence: Literal["forward", "reverse"] = "forward"
     """KL(other || learner), or KL(learner || other), which suits generative students (MiniLLM)."""
+    adaptive: bool = True
+    """Divide all terms but the task losses by D = Lt + Ls; false leaves them as they are."""
     literal: bool = False
     """Leave the divisor D in the graph, as the paper's equations can be read."""

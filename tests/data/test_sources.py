@@ -17,6 +17,7 @@ from fedllm.data.corpus import load, split
 from fedllm.data.reading import Row, read_rows
 from fedllm.data.shapes.answers import answers, candidates
 from fedllm.data.shapes.conversations import messages
+from fedllm.data.shapes.entities import tagged
 from fedllm.data.sources import bbc, chitchat, reasoning
 from fedllm.errors import DataError
 from tests.parts import task_of
@@ -131,6 +132,43 @@ def test_answers_stand_where_they_say_and_nothing_like_them_before(every: list[b
     assert max(map(len, groups_of([dict(row.columns) for row in rows], contexts).values())) == 1
 
 
+@pytest.mark.slow
+def test_entities_are_all_that_looks_like_one(every: list[bbc.Article]) -> None:
+    rows = as_rows(bbc.entities(every))
+    for row, article in zip(rows, every, strict=True):
+        found = tagged(row)
+        assert found is not None
+        assert found.repaired == 0
+        words = row.columns["text"].split()
+        assert article.body.split()[:64] == words
+        assert row.columns["section"] == article.topic
+        told = Counter(tag[2:] for tag in found.tags if tag.startswith("B-"))
+        assert told["day of the week"] == sum(map(THINGS["day of the week"], words))
+        assert sum(tag.endswith("percentage") for tag in found.tags) >= told["percentage"]
+        for start, end, thing in row.columns["entities"]:
+            assert bbc.QUESTIONS[thing].fullmatch(row.columns["text"][start:end])
+    kinds = {entity[2] for row in rows for entity in row.columns["entities"]}
+    assert kinds == set(bbc.QUESTIONS)
+
+
+def test_entities_of_some_sections(every: list[bbc.Article], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bbc, "articles", lambda: every)
+    wanted = Counter(article.topic for article in every if article.topic in ("tech", "sports"))
+    assert Counter(row.columns["section"] for row in read("bbc-entities:tech, sports")) == wanted
+
+
+def test_of_entities_that_overlap_the_first_kind_counts() -> None:
+    body = "They paid £2004 in 2005, 5% more than on Friday"
+    (row,) = bbc.entities([bbc.Article("h", body, "tech")])
+    said = [(body[start:end], thing) for start, end, thing in row["entities"]]
+    assert said == [
+        ("£2004", "sum of money"),
+        ("2005", "year"),
+        ("5%", "percentage"),
+        ("Friday", "day of the week"),
+    ]
+
+
 def test_one_candidate_is_the_headlines_own(every: list[bbc.Article]) -> None:
     rows = as_rows(bbc.ranking(every))
     bodies = {article.headline: " ".join(article.body.split()) for article in every}
@@ -146,7 +184,7 @@ def test_one_candidate_is_the_headlines_own(every: list[bbc.Article]) -> None:
     assert {candidates(row).clicks.index(1) for row in rows} == set(range(9))  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("kind", ["pairs", "ranking", "regression", "spans"])
+@pytest.mark.parametrize("kind", ["entities", "pairs", "ranking", "regression", "spans"])
 def test_a_name_gives_the_same_rows_each_time(
     kind: str, every: list[bbc.Article], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +199,7 @@ def test_a_name_gives_the_same_rows_each_time(
 @pytest.mark.parametrize(
     ("kind", "task", "settings"),
     [
+        ("entities", "tokens", {}),
         ("pairs", "classification", {"pair": "pair"}),
         ("ranking", "ranking", {}),
         ("regression", "regression", {}),
@@ -273,6 +312,7 @@ def test_reasoning_families_have_their_own_answers_and_no_question_twice(
     ("name", "words"),
     [
         ("bbc-pairs:3", ["'bbc-pairs:3'", "leave it out"]),
+        ("bbc-entities:tech, art", ["'art' is none of the sections business, ", "sports, tech"]),
         ("chitchat:", ["'chitchat:'", "nothing stands behind the colon"]),
         ("chitchat:4(turns=3)", ["'chitchat:4(turns=3)'", "turns is an even number from 2 on"]),
         ("chitchat:4(turns=0)", ["turns is an even number from 2 on"]),

@@ -187,6 +187,13 @@ def test_a_batch_that_both_models_fit_weighs_half_at_most(literal: bool, weight:
     assert got.hidden.item() == pytest.approx(weight * (3.0 - 1.0) ** 2)
 
 
+def test_without_adaptive_weights_no_term_is_divided() -> None:
+    views = [View(torch.tensor(3.0), torch.zeros(1, 2), (torch.full((1, 1, 1), h),)) for h in (3.0, 1.0)]
+    objective = Distillation(mutual=False, attention=False, adaptive=False)
+    got = objective(views[0], views[1], torch.tensor([[1]]), Projections(1, 1, 1))
+    assert got.hidden.item() == pytest.approx((3.0 - 1.0) ** 2)
+
+
 def _finite_differences(function: Callable[[], float], leaf: torch.Tensor) -> torch.Tensor:
     gradient = torch.empty_like(leaf)
     values, slopes = leaf.detach().view(-1), gradient.view(-1)

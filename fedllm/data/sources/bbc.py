@@ -1,4 +1,4 @@
-"""Made-up tasks on the BBC's articles: pairs, numbers, answers and rankings, true by construction.
+"""Made-up tasks on the BBC's articles: pairs, numbers, entities, answers and rankings, true by construction.
 
 They are no benchmarks: they show that a task trains, on real sentences and without a download. Every row
 names the ``group`` of articles that it was made from; no article is in two groups, so that a split by groups
@@ -20,7 +20,7 @@ from fedllm.data.folders import class_folders
 from fedllm.errors import DataError
 from fedllm.randomness import stream
 
-__all__ = ["KINDS", "Article", "articles", "pairs", "ranking", "regression", "spans"]
+__all__ = ["KINDS", "Article", "articles", "entities", "pairs", "ranking", "regression", "spans"]
 
 BLOCK = 8
 """Articles in one group of pairs and rankings; some groups have one more."""
@@ -32,7 +32,7 @@ HALF = 48
 """Words that a pair shows of each half of an article."""
 
 PASSAGE = 64
-"""Words in a text whose number is to be told."""
+"""Words in a text whose number is to be told, or whose entities are to be found."""
 
 CONTEXT = 120
 """Words of an article in which an answer is looked for."""
@@ -46,7 +46,7 @@ QUESTIONS = {
     "year": re.compile(r"\b(?:19|20)\d\d\b"),
     "day of the week": re.compile(r"\b(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day\b"),
 }
-"""What a text is asked for, and what it looks like."""
+"""What a text is asked for, and what it looks like; of two that overlap the one named first here counts."""
 
 Columns = Mapping[str, Any]
 
@@ -137,6 +137,30 @@ def _words(text: str, count: int, draw: np.random.Generator) -> list[str]:
     return words[start : start + count]
 
 
+def entities(every: Sequence[Article]) -> Iterator[Columns]:
+    """Yield ``text``, ``entities`` and ``section``: sums, percentages, years, days in an article's beginning.
+
+    Five sections write five kinds of news: split by ``section`` each client has a source of its own.
+    """
+    for number, article in enumerate(every):
+        text = _beginning(article.body, PASSAGE)
+        found: list[tuple[int, int, str]] = []
+        for thing, form in QUESTIONS.items():
+            for match in form.finditer(text):
+                if all(match.end() <= start or end <= match.start() for start, end, _ in found):
+                    found.append((match.start(), match.end(), thing))
+        yield {
+            "text": text,
+            "entities": [list(one) for one in sorted(found)],
+            "section": article.topic,
+            "group": f"article {number}",
+        }
+
+
+def _beginning(text: str, count: int) -> str:
+    return text[: [word.end() for word in re.finditer(r"\S+", text)][:count][-1]]
+
+
 def spans(every: Sequence[Article]) -> Iterator[Columns]:
     """Yield ``question``, ``context`` and ``answers``: which sum, percentage, year or day comes first.
 
@@ -144,8 +168,7 @@ def spans(every: Sequence[Article]) -> Iterator[Columns]:
     and every second article for one that it does not name.
     """
     for number, article in enumerate(every):
-        end = [word.end() for word in re.finditer(r"\S+", article.body)][:CONTEXT][-1]
-        context = article.body[:end]
+        context = _beginning(article.body, CONTEXT)
         draw = stream(0, "bbc spans", number)
         named = {thing: found for thing, form in QUESTIONS.items() if (found := form.search(context))}
         lacking = [thing for thing in QUESTIONS if thing not in named]
@@ -190,8 +213,22 @@ def _named(
     return rows
 
 
-KINDS = {
-    kind: _named(kind, make)
-    for kind, make in {"pairs": pairs, "ranking": ranking, "regression": regression, "spans": spans}.items()
+def _entities(argument: str) -> Iterator[Columns]:
+    """Return rows of the sections that are named, of all where none is."""
+    every = articles()
+    sections = sorted({article.topic for article in every})
+    chosen = [name.strip() for name in argument.split(",")] if argument else sections
+    for name in chosen:
+        if name not in sections:
+            raise DataError(
+                f"data.name = 'bbc-entities:{argument}': {name!r} is none of the sections "
+                f"{', '.join(sections)}"
+            )
+    return entities([article for article in every if article.topic in chosen])
+
+
+KINDS: Mapping[str, Callable[[str], Iterator[Columns]]] = {
+    "entities": _entities,
+    **{kind.__name__: _named(kind.__name__, kind) for kind in (pairs, ranking, regression, spans)},
 }
-"""What makes the rows of ``data.name = "bbc-..."``."""
+"""What makes the rows of ``data.name = "bbc-..."``, given what stands behind the name's colon."""
