@@ -15,7 +15,8 @@ from flwr.clientapp import ClientApp
 from client.device.journal import log_of, news
 from client.device.screen import say
 from client.node import CONFIG_KEY, NodeContext
-from fedllm.errors import FedllmError
+from fedllm.certificates import Holder, reply_statement
+from fedllm.errors import FedllmError, WireError
 from fedllm.protocol import claims, wire
 from fedllm.protocol.wire import STALE, Instruction, Reply
 
@@ -31,7 +32,8 @@ def train(message: Message, context: Context) -> Message:
     if socket is None:
         from client.worker import answer
 
-        return Message(answer(message.content, config, place), reply_to=message)
+        reply = _signed(answer(message.content, config, place), message.content, place)
+        return Message(reply, reply_to=message)
     reply = _answer(message.content, config, place, str(socket))
     if lines := news(log_of(Path(place.folder))):
         wire.add_log(reply, lines)
@@ -45,12 +47,27 @@ def _answer(content: RecordDict, config: str, place: NodeContext, socket: str) -
     instruction = Instruction("", "")
     try:
         instruction = wire.unpack_instruction(content)
-        reply = wire.decode(ask(socket, _request(content, config, place)))
+        reply = _signed(wire.decode(ask(socket, _request(content, config, place))), content, place)
     except FedllmError as error:
         reason = str(error) or repr(error)
         reply = wire.pack_reply(Reply(instruction.round, instruction.index, error=reason))
     if said := _outcome(instruction, wire.failure_of(reply), str(json.loads(config).get("name", ""))):
         say(said)
+    return reply
+
+
+def _signed(reply: RecordDict, asked: RecordDict, place: NodeContext) -> RecordDict:
+    """Sign a device's reply with its bundle's key, so that nobody else's counts for it."""
+    if not place.bundle or wire.failure_of(reply):
+        return reply
+    instruction = wire.unpack_instruction(asked)
+    try:
+        digest = wire.digest(wire.unpack_reply(reply), instruction.run, place.node)
+    except WireError:
+        return reply  # which the server rejects, and says for what
+    holder = Holder.read(Path(place.bundle))
+    signature = holder.sign(reply_statement(instruction.kind, digest))
+    wire.add_signature(reply, signature, holder.shown if instruction.kind == "describe" else b"")
     return reply
 
 

@@ -101,6 +101,12 @@ def check_network(bundle: Bundle, *, insecure: bool = False) -> Iterator[Finding
     if bundle.seal and bundle.seal != seal(bundle.node, key.public_key()):
         mend = f"node = {bundle.node} in bundle.toml is not the number that {bundle.key.name} was made for"
         yield Finding("number", False, f"{mend}, and the server will refuse it; copy the bundle again")
+    from fedllm.certificates import Holder
+
+    try:
+        Holder.read(bundle.folder)
+    except ConfigError as error:
+        yield Finding("signatures", False, str(error))
     if reachable:
         yield _registered(bundle, key)
 

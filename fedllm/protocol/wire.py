@@ -18,6 +18,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
+from fedllm.certificates import MOST_CERTIFICATE, MOST_SIGNATURE
 from fedllm.errors import WireError
 from fedllm.protocol import claims
 from fedllm.protocol.claims import MOST_EXAMPLES, MOST_TEXT
@@ -34,6 +35,7 @@ __all__ = [
     "Reply",
     "Scalar",
     "add_log",
+    "add_signature",
     "decode",
     "digest",
     "encode",
@@ -123,6 +125,8 @@ class Reply:
         metrics: numbers about the work, by name.
         facts: texts about the device, by name: in answers to ``describe``, and lines of its ``log`` in any.
         error: empty unless the client could not do the work; ``STALE`` asks for the global tensors whole.
+        signature: a device's, under :func:`fedllm.certificates.reply_statement`; empty where it has no key.
+        certificate: of that key, in answers to ``describe``.
     """
 
     round: int
@@ -132,6 +136,8 @@ class Reply:
     facts: Mapping[str, str] = field(default_factory=dict)
     payload: bytes = b""
     error: str = ""
+    signature: bytes = b""
+    certificate: bytes = b""
 
 
 def pack_instruction(instruction: Instruction) -> RecordDict:
@@ -209,6 +215,7 @@ def pack_reply(reply: Reply) -> RecordDict:
     header = ConfigRecord({"v": VERSION, "at": [reply.round, reply.index, reply.examples]})
     if reply.error:
         header["error"] = reply.error[:MOST_TEXT]
+    header.update(_proof(reply.signature, reply.certificate))
     content = RecordDict({_HEADER: header})
     if reply.metrics:
         content[_METRICS] = MetricRecord({key: float(value) for key, value in reply.metrics.items()})
@@ -238,11 +245,13 @@ def unpack_reply(content: RecordDict) -> Reply:
         metrics=claims.metrics(metrics),
         payload=_payload(content),
         error=claims.text(_text(header, "error")) if "error" in header else "",
+        signature=_bytes(header, "signature", MOST_SIGNATURE),
+        certificate=_bytes(header, "certificate", MOST_CERTIFICATE),
     )
 
 
 def digest(reply: Reply, run: str, node: int) -> str:
-    """Return what a client and its server call a reply by, SHA-256: all of it but the log that travels along.
+    """Return what a client and its server call a reply by, SHA-256: all of it but signature, facts and log.
 
     Args:
         reply: as it was read from its record.
@@ -272,6 +281,13 @@ def add_log(content: RecordDict, lines: str) -> None:
     content[_FACTS] = ConfigRecord({**facts, LOG: lines[-MOST_TEXT:]})
 
 
+def add_signature(content: RecordDict, signature: bytes, certificate: bytes = b"") -> None:
+    """Sign a reply; with ``certificate`` also show whose the signature is."""
+    header = content[_HEADER]
+    assert isinstance(header, ConfigRecord)
+    content[_HEADER] = ConfigRecord({**header, **_proof(signature, certificate)})
+
+
 def size(content: RecordDict) -> int:
     """Bytes of the record as serialized protobuf."""
     return sum(sizes(content).values())
@@ -295,6 +311,19 @@ def decode(data: bytes) -> RecordDict:
         return recorddict_from_proto(RecordDictProto.FromString(data))
     except Exception as error:  # Flower's reading of a record that holds less than it should fails anyhow
         raise WireError(f"not a serialized record: {type(error).__name__}: {error}") from error
+
+
+def _proof(signature: bytes, certificate: bytes) -> dict[str, bytes]:
+    """Return the fields of a header that prove whose a reply is; none where there is nothing."""
+    fields = {"signature": signature, "certificate": certificate}
+    return {name: value for name, value in fields.items() if value}
+
+
+def _bytes(header: ConfigRecord, key: str, most: int) -> bytes:
+    value = header.get(key, b"")
+    if not isinstance(value, bytes) or len(value) > most:
+        raise WireError(f"header field {key} is not as many as {most} bytes")
+    return value
 
 
 def _add_payload(content: RecordDict, payload: bytes) -> None:

@@ -35,7 +35,7 @@ from fedllm.runs.database import insert, select, transaction
 from fedllm.runs.durable import append_line, disk_errors, replace_file, to_json
 from fedllm.runs.ledger import Entry, Ledger
 from fedllm.runs.lock import RunLock
-from fedllm.runs.provenance.chain import Chain, Signer
+from fedllm.runs.provenance.chain import Chain, Sent, Signer
 from fedllm.runs.records import FILE, Command, Event, NodeLog, NodeRound, RoundRecord
 from fedllm.runs.summary import Best, Status, bests, round_line, summarise, tries
 
@@ -187,17 +187,23 @@ class RunStore:
         with self._writing() as connection:
             self._chain.begin(connection, self._rounds[-1].round if self._rounds else -1)
 
+    def certify(self, node: int, certificate: bytes) -> None:
+        """Keep the certificate (DER) by which a node's signatures are known, beside the chain."""
+        if self._chain is not None:
+            with self._writing() as connection:
+                self._chain.certify(connection, node, certificate.hex())
+
     def round(
         self,
         record: RoundRecord,
         nodes: Iterable[NodeRound] = (),
         entries: Iterable[Entry] = (),
-        replies: Iterable[tuple[int, str]] = (),
+        replies: Iterable[Sent] = (),
     ) -> RoundRecord:
         """Commit a round: its record, its clients, its bytes and its link of the chain, all or nothing.
 
-        Entries of the round's abandoned attempts belong here too: their bytes crossed. ``replies`` are client
-        and digest of each that counted.
+        Entries of the round's abandoned attempts belong here too: their bytes crossed. ``replies`` are those
+        that counted.
 
         Returns:
             The record with bytes and time filled in.

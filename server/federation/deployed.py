@@ -12,7 +12,7 @@ import httpx
 from fedllm.errors import FedllmError, RunFailed
 from fedllm.host.processes import open_log
 from server.federation.link import authenticates, connect, enrolled
-from server.federation.provision import read, signer
+from server.federation.provision import authority, read, signer
 from server.federation.submit import log_of, numbers
 from server.rounds.conduct import Transport
 
@@ -46,11 +46,13 @@ def transport(federation: Path, run: str, bound: Callable[[int], None]) -> Trans
         except httpx.HTTPError as error:
             raise RunFailed(f"the SuperLink does not say whose key each node has ({error})") from error
 
+    keyed = authenticates(federation)
     return Transport(
         traffic=lambda: traffic(federation, run),
-        proven=proven if authenticates(federation) else None,
+        proven=proven if keyed else None,
         bound=bound,
         signer=signer(federation),
+        authority=authority(federation) if keyed else None,
     )
 
 

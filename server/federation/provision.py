@@ -38,16 +38,17 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedllm.certificates import CERTIFICATE, subject
 from fedllm.errors import ConfigError
 from fedllm.protocol.seals import seal
 from fedllm.runs.durable import disk_errors, replace_file, write_private
 from fedllm.runs.provenance.chain import Signer, own_signer
-from fedllm.secagg.identity import CERTIFICATE, subject
 
 __all__ = [
     "Federation",
     "add_node",
     "address_of",
+    "authority",
     "certify",
     "provision",
     "read",
@@ -170,6 +171,14 @@ def signer(folder: Path) -> Signer:
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedllm rounds")])
         replace_file(shown, _certify_own(folder, name, found.key.public_key()))
     return Signer(found.key, shown.read_text())
+
+
+def authority(folder: Path) -> x509.Certificate:
+    """Return the certificate of a federation's authority, by which nodes and what they sign are known."""
+    try:
+        return x509.load_pem_x509_certificate(_kept(folder / "ca.pem"))
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'ca.pem'} is no certificate: {error}; put it back") from error
 
 
 def _certify_own(folder: Path, name: x509.Name, key: ec.EllipticCurvePublicKey | Ed25519PublicKey) -> bytes:

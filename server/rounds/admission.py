@@ -265,6 +265,9 @@ class Admission:
             member = _member(reply, flower_id)
             if self._proven is not None:
                 _require_own_number(member.node, number)
+            if self._messages.signatures is not None:
+                self._messages.signatures.introduce(member.node, reply)
+                self._store.certify(member.node, reply.certificate)
             refused = self._roster.admit(member, online)
         except Exception as error:  # of whatever kind: it came of what one node sent
             refused = refusal(error)

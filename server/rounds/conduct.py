@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
+from cryptography import x509
 from flwr.serverapp import Grid
 
 from fedllm.config import RunConfig
@@ -37,6 +38,7 @@ from server.rounds.earlier import Start, require_same_start, start_of
 from server.rounds.engine import Engine
 from server.rounds.privacy import Privacy
 from server.rounds.rehearsal import few_texts, rehearse
+from server.rounds.signatures import Signatures
 from server.rounds.state import ServerState
 from server.rounds.timing.clock import Clock
 from server.rounds.timing.work import clock_of
@@ -60,12 +62,14 @@ class Transport:
         proven: which client each node's key stands for; None where it was started without keys.
         bound: lets replies have so many bytes, and no more.
         signer: the key that signs the rounds of this federation; None makes one for the run.
+        authority: the certificate by which nodes' replies are known; None where they have no keys.
     """
 
     traffic: Callable[[], tuple[int | None, int | None]]
     proven: Proven | None
     bound: Callable[[int], None]
     signer: Signer | None = None
+    authority: x509.Certificate | None = None
 
 
 def conduct(
@@ -226,6 +230,7 @@ def _compose(
         held_out = range(len(test)) if test.numbers is None else test.numbers.tolist()
         parts = [part.tolist() for part in session.partition]
         write_partition(store.folder, parts, labels, train.label_names, held_out)
+    authority = transport.authority if transport else None
     reference = 4 * session.method.reference_parameters(session.model)
     evaluates = config.evaluation.every > 0
 
@@ -252,6 +257,7 @@ def _compose(
         bound=transport.bound if transport else None,
         privacy=privacy,
         clock=clock,
+        signatures=Signatures(authority, run) if authority else None,
     )
     engine.summary()
     if robust.keeps(config.server):

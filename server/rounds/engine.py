@@ -39,6 +39,7 @@ from server.rounds.orders import Orders
 from server.rounds.privacy import Privacy, Spent
 from server.rounds.roster import Roster, sample
 from server.rounds.round_log import RoundLog
+from server.rounds.signatures import Signatures
 from server.rounds.state import ServerState
 from server.rounds.timing.buffered import Buffered
 from server.rounds.timing.clock import Clock, Timed
@@ -66,6 +67,7 @@ class Engine(Strategy):
         bound: told how many bytes replies have at most, before they are asked for; None where nobody checks.
         privacy: of a differentially private run: noise, cohorts and what is spent.
         clock: of simulated devices, by which clients are there, late or gone; None goes by the host's own.
+        signatures: checks whose each reply is; None where nodes have no certificates, as in a simulation.
     """
 
     def __init__(
@@ -84,13 +86,14 @@ class Engine(Strategy):
         bound: Callable[[int], None] | None = None,
         privacy: Privacy | None = None,
         clock: Clock | None = None,
+        signatures: Signatures | None = None,
     ) -> None:
         self.config, self.method, self.codecs, self.store = config, method, codecs, store
         self.state = state
         self._reference_bytes = reference_bytes
         self._evaluate = evaluate
         self._roster = Roster(config.clients, quarantined=state.quarantined, declared=state.declared)
-        self._messages = Messages(config, method, codecs, run, state)
+        self._messages = Messages(config, method, codecs, run, state, signatures)
         self._intake = Intake(method, self._messages, self._roster, store)
         self._open: OpenExchange | None = None
         self._bounds = Bounds(config, method, codecs, self._roster, state, store)
@@ -270,7 +273,7 @@ class Engine(Strategy):
                 self.state.counted = counted
                 return acc, None
             taking_part |= accepted
-            log.replies += self._open.digests.items()
+            log.replies += self._open.replies
             norms += self._open.norms
             values += self._open.values
             estimates |= {node: self._open.estimates.get(node, {}) for node in accepted}

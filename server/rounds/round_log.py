@@ -12,6 +12,7 @@ from flwr.app import RecordDict
 
 from fedllm.protocol import wire
 from fedllm.runs.ledger import Direction, Entry
+from fedllm.runs.provenance.chain import Sent
 from fedllm.runs.records import NodeRound, RoundRecord
 from fedllm.runs.summary import SIMULATED
 
@@ -40,7 +41,7 @@ class RoundLog:
         networked: whether messages cross a network; in a simulation they only wait for their turn.
         kept: clients that have what their forward passes make once in a run.
         simulated: seconds after which each client's device answered in the open exchange, if simulated.
-        replies: client and digest of each reply that counts, of this attempt.
+        replies: what the run's chain keeps of each reply that counts, of this attempt.
         lack: what kept a secure sum from being opened, in this attempt.
         codec_up: bytes of uploads by what the codec's stages wrote: header, scales, codes, indices, ...
     """
@@ -50,7 +51,7 @@ class RoundLog:
     networked: bool = True
     entries: list[Entry] = field(default_factory=list)
     nodes: list[NodeRound] = field(default_factory=list)
-    replies: list[tuple[int, str]] = field(default_factory=list)
+    replies: list[Sent] = field(default_factory=list)
     lack: str = ""
     codec_up: Counter[str] = field(default_factory=Counter)
     kept: set[int] = field(default_factory=set)

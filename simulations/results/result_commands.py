@@ -223,7 +223,9 @@ def verify(
     ] = None,
     authority: Annotated[
         Path | None,
-        typer.Option(help="The federation's ca.pem: its key must have signed.", metavar="FILE"),
+        typer.Option(
+            help="The federation's ca.pem: its server and its nodes must have signed.", metavar="FILE"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

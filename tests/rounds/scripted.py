@@ -21,6 +21,7 @@ from fedllm.runs.writer import RunStore
 from fedllm.tensors import Tensors
 from server.rounds.engine import Engine
 from server.rounds.privacy import Privacy
+from server.rounds.signatures import Signatures
 from server.rounds.state import ServerState
 from server.rounds.timing.clock import Clock
 from simulations.engines.loopback import LoopbackGrid, loopback
@@ -66,6 +67,10 @@ class ScriptedGrid(LoopbackGrid):
     asked: list[tuple[int, str]]
     """Flower ids and what they were asked, in order."""
 
+    def introduction(self, node: int, told: Reply) -> Reply:
+        """Return how a client introduces itself."""
+        return told
+
     def get_node_ids(self) -> Iterable[int]:
         return list(self.numbers)
 
@@ -77,7 +82,8 @@ class ScriptedGrid(LoopbackGrid):
             self.asked.append((message.metadata.dst_node_id, asked.kind))
             if asked.kind == "describe":
                 about = {"node": float(node), "held_out": 100.0}
-                told: Reply | str | None = Reply(0, 0, self.texts.get(node, 1000), about)
+                first = Reply(0, 0, self.texts.get(node, 1000), about)
+                told: Reply | str | None = self.introduction(node, first)
             else:
                 told = self.script(node, asked)
             if isinstance(told, Reply):
@@ -121,6 +127,7 @@ def engine_of(
     networked: bool = False,
     privacy: Privacy | None = None,
     clock: Clock | None = None,
+    signatures: Signatures | None = None,
 ) -> Engine:
     return Engine(
         config,
@@ -136,6 +143,7 @@ def engine_of(
         bound=bound,
         privacy=privacy,
         clock=clock,
+        signatures=signatures,
     )
 
 
@@ -187,8 +195,9 @@ def grid_of(
     script: Script,
     numbers: Mapping[int, int] | None = None,
     texts: Mapping[int, int] | None = None,
+    kind: type[ScriptedGrid] = ScriptedGrid,
 ) -> ScriptedGrid:
-    grid = ScriptedGrid(config.clients, {}, None)
+    grid = kind(config.clients, {}, None)
     grid.numbers = numbers or {100 + node: node for node in range(config.clients)}
     grid.asked, grid.texts = [], texts or {}
     grid.script = script  # type: ignore[method-assign,assignment]

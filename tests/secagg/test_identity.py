@@ -10,11 +10,12 @@ import pytest
 
 from client.node import NodeContext
 from client.secure import require_masked
+from fedllm.certificates import CERTIFICATE
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, WireError
 from fedllm.secagg import keys, words
 from fedllm.secagg.coordinator import Coordinator
-from fedllm.secagg.identity import CERTIFICATE, Certified
+from fedllm.secagg.identity import Certified
 from fedllm.secagg.letters import Entry, Masking, Shares
 from fedllm.secagg.participant import Participant
 from server.federation.provision import provision

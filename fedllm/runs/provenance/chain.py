@@ -8,7 +8,8 @@
             signature  Ed25519 (RFC 8032) over the body
 
 A leaf is the SHA-256 of a client's number and its reply's digest. Which number has which digest stands beside
-the chain, so that a client can be forgotten and the links stay what was signed.
+the chain, so that a client can be forgotten and the links stay what was signed; in a deployment so does the
+node's own signature under it, with the node's certificate: these need no link to be believed.
 :mod:`fedllm.runs.provenance.verify` checks all of it.
 """
 
@@ -20,7 +21,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -43,9 +44,11 @@ __all__ = [
     "KEY",
     "RETURN",
     "ROUND",
+    "Certificate",
     "Chain",
     "Counted",
     "Link",
+    "Sent",
     "Signer",
     "configuration",
     "forget",
@@ -53,6 +56,7 @@ __all__ = [
     "leaf",
     "own_signer",
     "require_signer",
+    "signatures",
     "signing_key",
 ]
 
@@ -64,7 +68,11 @@ CONTEXT = b"fedllm chain 1\0"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS chain (id INTEGER PRIMARY KEY, body TEXT NOT NULL, signature TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS replies (link INTEGER NOT NULL, node INTEGER NOT NULL, digest TEXT NOT NULL)
+CREATE TABLE IF NOT EXISTS replies (link INTEGER NOT NULL, node INTEGER NOT NULL, digest TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS signatures (
+    node INTEGER NOT NULL, digest TEXT NOT NULL, kind TEXT NOT NULL, signature TEXT NOT NULL,
+    PRIMARY KEY (node, digest));
+CREATE TABLE IF NOT EXISTS certificates (node INTEGER NOT NULL, certificate TEXT PRIMARY KEY)
 """
 """Made when the first link comes: runs of earlier versions have none."""
 
@@ -90,6 +98,30 @@ class Counted:
     link: int
     node: int
     digest: str
+
+
+class Sent(NamedTuple):
+    """What is kept of a reply that counts.
+
+    Attributes:
+        node: the client.
+        digest: by which client and server call the reply.
+        kind: of the exchange that it answers.
+        signature: the node's own under both, in hex; empty where nodes have no keys.
+    """
+
+    node: int
+    digest: str
+    kind: str = ""
+    signature: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """By which a node's signatures are known, DER in hex."""
+
+    node: int
+    certificate: str
 
 
 @dataclass(frozen=True)
@@ -124,14 +156,20 @@ class Chain:
             signer = {"key": self._signer.public, "certificate": self._signer.certificate}
             self._add(connection, BEGIN, round=last, **signer)
 
-    def round(
-        self, connection: sqlite3.Connection, record: RoundRecord, replies: Iterable[tuple[int, str]]
-    ) -> None:
-        """Add the link of a round that is being committed; ``replies`` are (client, digest), one each."""
-        pairs = sorted(replies)
-        leaves = sorted(leaf(node, digest) for node, digest in pairs)
+    def round(self, connection: sqlite3.Connection, record: RoundRecord, replies: Iterable[Sent]) -> None:
+        """Add the link of a round that is being committed, with the replies that it counts."""
+        counted = sorted(replies)
+        leaves = sorted(leaf(one.node, one.digest) for one in counted)
         number = self._add(connection, ROUND, round=record.round, state=record.state_sha256, replies=leaves)
-        insert(connection, "replies", [Counted(link=number, node=n, digest=d) for n, d in pairs])
+        rows = [Counted(link=number, node=one.node, digest=one.digest) for one in counted]
+        insert(connection, "replies", rows)
+        # The same reply may count again after a return; each time it was signed anew.
+        signed = [tuple(one) for one in counted if one.signature]
+        connection.executemany("INSERT OR REPLACE INTO signatures VALUES (?, ?, ?, ?)", signed)
+
+    def certify(self, connection: sqlite3.Connection, node: int, certificate: str) -> None:
+        """Keep by which certificate, DER in hex, a node's signatures are known."""
+        connection.execute("INSERT OR IGNORE INTO certificates VALUES (?, ?)", (node, certificate))
 
     def go_back(self, connection: sqlite3.Connection, last: int) -> None:
         """Note that the run goes on after round ``last``, and that later rounds no longer count."""
@@ -182,7 +220,23 @@ def kept(connection: sqlite3.Connection) -> list[Link]:
 def forget(connection: sqlite3.Connection, node: int) -> None:
     """Delete which replies a client gave: links keep leaves that name nobody."""
     if kept(connection):
-        connection.execute("DELETE FROM replies WHERE node = ?", (node,))
+        for table in ("replies", *_signed(connection)):
+            connection.execute(f"DELETE FROM {table} WHERE node = ?", (node,))
+
+
+def signatures(connection: sqlite3.Connection) -> tuple[list[Sent], list[Certificate]]:
+    """Return what nodes have signed, and by which certificates; nothing where no node had a key."""
+    if not _signed(connection):
+        return [], []
+    columns = "node, digest, kind, signature"
+    rows = connection.execute(f"SELECT {columns} FROM signatures ORDER BY node, digest").fetchall()
+    return [Sent(*row) for row in rows], list(select(connection, Certificate, "certificates"))
+
+
+def _signed(connection: sqlite3.Connection) -> tuple[str, ...]:
+    """Name the tables of nodes' signatures, which runs of earlier versions have not."""
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'signatures'").fetchone()
+    return ("signatures", "certificates") if found else ()
 
 
 def own_signer(folder: Path) -> Signer:

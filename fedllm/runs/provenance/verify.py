@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fedllm.errors import ConfigError, StoreError
+from fedllm.certificates import key_in, reply_statement, require_signed
+from fedllm.errors import ConfigError, StoreError, WireError
 from fedllm.runs import checkpoint, database
 from fedllm.runs.database import connect, select
 from fedllm.runs.provenance import chain
-from fedllm.runs.provenance.chain import BEGIN, EXTEND, RETURN, ROUND, Counted, Link
+from fedllm.runs.provenance.chain import BEGIN, EXTEND, RETURN, ROUND, Certificate, Counted, Link, Sent
 from fedllm.tensors import fingerprint
 
 __all__ = ["Broken", "Verified", "sentences", "verify"]
@@ -46,6 +48,9 @@ class Verified:
         checkpoints: rounds whose checkpoints hold the states that were signed.
         replies: which round counted each reply: (round, link, whether that round still counts), by leaf.
         clients: clients whose replies counted, by leaf; those forgotten are missing.
+        certified: clients that have signed every reply that counted as theirs, by certificates of the
+            authority; None where nobody asked.
+        nameless: replies of clients that were forgotten: who gave them can no longer be shown.
     """
 
     key: str
@@ -58,6 +63,8 @@ class Verified:
     checkpoints: list[int] = field(default_factory=list)
     replies: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     clients: dict[str, int] = field(default_factory=dict)
+    certified: list[int] | None = None
+    nameless: int = 0
 
     def counted(self, digest: str) -> dict[str, Any] | None:
         """Return where a reply counted, by the digest that its client logged: None where nowhere.
@@ -95,6 +102,11 @@ def sentences(found: Verified, counted: Mapping[str, Any] | None = None) -> Iter
         "which the federation's authority vouches for" if found.authority else "which nobody vouches for"
     )
     yield f"key {found.key}, {vouched}"
+    if found.certified is not None:
+        told = ", ".join(map(str, found.certified)) or "none"
+        yield f"signed by their own nodes, which the authority has certified: the replies of clients {told}"
+    if found.nameless:
+        yield f"{found.nameless} replies are of clients that were forgotten: whose they were cannot be shown"
     yield f"last link {found.head}"
     if counted is not None:
         since = "" if counted["counts"] else ", from which the run has gone back since"
@@ -106,7 +118,8 @@ def verify(folder: Path, authority: Path | None = None) -> Verified:
 
     Args:
         folder: the run's.
-        authority: ``ca.pem`` of the federation that must have signed; a key of anybody's is good without it.
+        authority: ``ca.pem`` of the federation that must have signed, and whose nodes must have signed each
+            reply that counted; without it a key of anybody's is good, and nobody asks for nodes' signatures.
 
     Raises:
         Broken: names the first link that does not hold.
@@ -119,14 +132,19 @@ def verify(folder: Path, authority: Path | None = None) -> Verified:
         if not links:
             raise StoreError(f"{folder} keeps no chain: a fedllm that signed no rounds conducted it")
         clients = list(select(connection, Counted, "replies"))
+        signed, certificates = chain.signatures(connection)
         committed = {record.round: record.state_sha256 for record in database.rounds(connection)}
         configured = chain.configuration(connection)
     found = _chained(folder, links)
     if authority is not None:
-        _require_authority(folder, json.loads(links[0].body)["certificate"], found.key, authority)
+        issuer = _issuer(authority)
+        _require_authority(folder, json.loads(links[0].body)["certificate"], found.key, authority, issuer)
         found.authority = True
     _require_rounds(folder, found, committed)
     _require_replies(found, clients)
+    found.nameless = len(found.replies) - len(found.clients)
+    if authority is not None:
+        _require_nodes_own(folder, found, clients, _proven(signed, certificates, issuer))
     if json.loads(links[-1].body)["configuration"] != configured:
         raise Broken(f"{folder}: the configuration in run.db is not the one of link {links[-1].id}")
     _require_checkpoints(folder, found)
@@ -207,11 +225,16 @@ def _require_signed(link: Link, key: str) -> None:
         raise Broken("its signature is not that of its text") from None
 
 
-def _require_authority(folder: Path, certificate: str, key: str, authority: Path) -> None:
+def _issuer(authority: Path) -> x509.Certificate:
     try:
-        issuer = x509.load_pem_x509_certificate(authority.read_bytes())
+        return x509.load_pem_x509_certificate(authority.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--authority {authority} is no certificate: {error}") from error
+
+
+def _require_authority(
+    folder: Path, certificate: str, key: str, authority: Path, issuer: x509.Certificate
+) -> None:
     with _naming(folder, 0):
         if not certificate:
             raise Broken("a key of the run's own has signed, which no federation's authority vouches for")
@@ -235,6 +258,39 @@ def _require_replies(found: Verified, clients: list[Counted]) -> None:
                 f"ascribes to client {row.node}"
             )
         found.clients[leaf] = row.node
+
+
+def _proven(
+    signed: list[Sent], certificates: list[Certificate], issuer: x509.Certificate
+) -> set[tuple[int, str]]:
+    """Return client and digest of each reply that a node has signed by a certificate of the authority's."""
+    keys: dict[int, list[ec.EllipticCurvePublicKey]] = {}
+    for shown in certificates:
+        with suppress(WireError, ValueError):
+            key = key_in(bytes.fromhex(shown.certificate), issuer, shown.node)
+            keys.setdefault(shown.node, []).append(key)
+    found = set()
+    for one in signed:
+        for key in keys.get(one.node, ()):
+            with suppress(WireError, ValueError):
+                require_signed(key, reply_statement(one.kind, one.digest), bytes.fromhex(one.signature))
+                found.add((one.node, one.digest))
+    return found
+
+
+def _require_nodes_own(
+    folder: Path, found: Verified, clients: list[Counted], proven: set[tuple[int, str]]
+) -> None:
+    """Refuse a reply that counted and that no certified node has signed."""
+    for row in clients:
+        if (row.node, row.digest) not in proven:
+            number, *_ = found.replies[chain.leaf(row.node, row.digest)]
+            raise Broken(
+                f"{folder}: round {number} counted the reply {row.digest[:16]}... as client {row.node}'s, "
+                "and no node with a certificate of the authority has signed it (an earlier fedllm kept no "
+                "signatures; a run with --insecure has none)"
+            )
+    found.certified = sorted({row.node for row in clients})
 
 
 def _require_rounds(folder: Path, found: Verified, committed: dict[int, str | None]) -> None:

@@ -10,6 +10,7 @@ from flwr.app import Message
 from fedllm.errors import RejectedReply, WireError
 from fedllm.protocol import claims, wire
 from fedllm.protocol.wire import STALE
+from fedllm.runs.provenance.chain import Sent
 from fedllm.runs.writer import RunStore
 from server.rounds.exchange import staleness
 from server.rounds.exchange.messages import Messages, OpenExchange
@@ -96,7 +97,8 @@ class Intake:
         if metrics.get("state_lost"):
             self._lost(node, opened.log.number)
         opened.accepted[node] = replace(told, examples=reply.examples)
-        opened.digests[node] = wire.digest(told, self._messages.run, node)
+        digest = wire.digest(told, self._messages.run, node)
+        opened.replies.append(Sent(node, digest, opened.exchange.kind, told.signature.hex()))
         norm = reply.norm if opened.exchange.kind == "fit" and opened.secure is None else None
         if norm is not None:
             opened.norms.append(norm)

@@ -13,12 +13,14 @@ from fedllm.errors import RejectedReply, WireError
 from fedllm.protocol import wire
 from fedllm.protocol.uplink import Uplink, Upload
 from fedllm.protocol.wire import Instruction
+from fedllm.runs.provenance.chain import Sent
 from fedllm.tensors import Spec, Tensors, dense_bytes, digest, spec_of
 from server.rounds import gates
 from server.rounds.exchange.downlink import Downlink
 from server.rounds.exchange.secure import Secure
 from server.rounds.roster import Member
 from server.rounds.round_log import RoundLog
+from server.rounds.signatures import Signatures
 from server.rounds.state import ServerState
 from strategies.base import Exchange, Method, Reply, State
 
@@ -41,7 +43,7 @@ class OpenExchange:
         log: of the round.
         limits: what a reply may count for, and how long its update may be.
         accepted: replies that counted; ``examples`` is what each counted for.
-        digests: of the replies that counted, by client.
+        replies: what the run's chain keeps of those.
         norms: L2 norms of the updates that counted.
         values: that those updates hold besides zeros.
         answered: clients that need not be waited for, whatever they answered.
@@ -60,7 +62,7 @@ class OpenExchange:
     log: RoundLog
     limits: gates.Limits
     accepted: dict[int, wire.Reply] = field(default_factory=dict)
-    digests: dict[int, str] = field(default_factory=dict)
+    replies: list[Sent] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     values: int = 0
     answered: set[int] = field(default_factory=set)
@@ -82,12 +84,20 @@ class Messages:
     Attributes:
         run: identity of the run, as clients file their state under.
         downlink: brings nodes to the current version.
+        signatures: of replies, where nodes have keys.
     """
 
     def __init__(
-        self, config: RunConfig, method: Method, codecs: Codecs, run: str, state: ServerState
+        self,
+        config: RunConfig,
+        method: Method,
+        codecs: Codecs,
+        run: str,
+        state: ServerState,
+        signatures: Signatures | None = None,
     ) -> None:
         self.config, self.method, self.run = config, method, run
+        self.signatures = signatures
         self.downlink = Downlink(config, codecs.down, method, state.sent)
         self._uplink = Uplink(config, codecs.up)
         self._estimates = state.estimates
@@ -148,6 +158,8 @@ class Messages:
         opened.log.crossed("up", node, kind, content, payload=len(reply.payload), dense=dense)
         if reply.error:
             return reply, None
+        if self.signatures is not None:
+            self.signatures.check(node, kind, reply)
         if opened.secure is not None:
             return reply, self._secured(opened.secure, reply, opened, member, view, at)
         expected: Spec = {} if kind == "evaluate" else self.method.spec(opened.exchange, view)
