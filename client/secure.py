@@ -7,12 +7,13 @@ ended or another has begun: messages of one session may meet different processes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from flwr.app import RecordDict
 
 from client.node import NodeContext
+from client.secret import Secret
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, WireError
 from fedllm.protocol import wire
@@ -94,7 +95,12 @@ def masked(session: Session, place: NodeContext, instruction: Instruction, reply
     tensors = Uplink(config, codec).receive(upload, reply.payload, spec, {}).tensors
     letter = Masking.read(instruction.session[NONCE_BYTES:])
     ring = Ring.of(config, codec, letter.weight)
-    given = words.words_of(ring.integers(tensors, min(reply.examples, letter.most)), ring.bits)
+    if config.privacy.noised:
+        key = partial(Secret.of(place, instruction.run).key, "sum", *at)
+        values = ring.private(ring.integers(tensors, 1), key)
+    else:
+        values = ring.integers(tensors, min(reply.examples, letter.most))
+    given = words.words_of(values, ring.bits)
     drawn = _participant(config, place, instruction.run).mask(_context(instruction), letter, given, ring.bits)
     metrics = {name: value for name, value in reply.metrics.items() if name in _TOLD}
     return wire.pack_reply(replace(reply, metrics=metrics, payload=words.pack(drawn, ring.bits)))

@@ -300,7 +300,8 @@ def _secure(config: RunConfig, codec: FramedCodec, spec: Spec) -> tuple[int, int
 
     Where a value takes less than 64 bits, that hangs on all texts together; here each client has a thousand.
     """
-    weight = config.answers * min(_TEXTS_OF_A_CLIENT, config.server.max_examples)
+    texts = 1 if config.privacy.noised else min(_TEXTS_OF_A_CLIENT, config.server.max_examples)
+    weight = config.answers * texts
     bits = Ring.of(config, codec, weight).bits
     others = min(config.privacy.neighbours or config.answers, config.answers) - 1
     values = words.packed_size(sum(one.numel for one in spec.values()), bits)

@@ -8,6 +8,11 @@ clients of a round on average. Whoever does not answer adds zero, so that dropou
 
 The sum is an integer multiple of 2^-36, and so is the noise, rounded: what is published is a rounded Gaussian
 around an exact sum, without the pattern that floating-point noise leaves in its low bits (Mironov, CCS 2012).
+
+Under secure aggregation clients add the noise, each a share of it, and the server sees the sum with the noise
+in it (Kairouz, Liu and Steinke, ICML 2021; :mod:`fedllm.secagg.ring`). With q the fewest that may be summed:
+
+    update  =  sum over the round's clients of (u_k + N_Z(0, (z C)^2 / q I)) / m
 """
 
 from __future__ import annotations
@@ -16,35 +21,24 @@ import hashlib
 import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from fedllm import extras
-from fedllm.accounting import epsilon_of, least_noise, usual_delta
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
+from fedllm.privacy.accounting import epsilon_of, least_noise, usual_delta
+from fedllm.privacy.noise import gaussian
 from fedllm.protocol.uplink import ROUNDING
+from fedllm.secagg.rules import fewest
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors
 from fedllm.wording import number
 from strategies.robust import Kept, average
 
-__all__ = [
-    "PrivateSum",
-    "delta_of",
-    "gaussian",
-    "promise",
-    "reach",
-    "spent",
-    "sum_of",
-    "uniform",
-    "with_noise",
-]
+__all__ = ["FixedSum", "PrivateSum", "delta_of", "promise", "reach", "spent", "sum_of", "with_noise"]
 
 _UNIT = 2.0**-36
 """Of :class:`fedllm.sums.WeightedSum`."""
-_BITS = 52
 
 
 def delta_of(config: RunConfig) -> float:
@@ -53,15 +47,24 @@ def delta_of(config: RunConfig) -> float:
 
 
 def spent(config: RunConfig, releases: Mapping[int, int]) -> float:
-    """Return the epsilon of releases; see :func:`fedllm.accounting.epsilon_of`.
+    """Return the epsilon of releases; see :func:`fedllm.privacy.accounting.epsilon_of`.
 
     Args:
         config: of a run with ``privacy.noise_multiplier``.
         releases: how many rounds released so many sums each, by that number.
     """
     assert config.privacy.noise_multiplier is not None
-    rate = config.cohort / config.clients
-    return epsilon_of(releases, rate, config.privacy.noise_multiplier, delta_of(config))
+    told = _rate(config), config.privacy.noise_multiplier, delta_of(config)
+    return epsilon_of(releases, *told, discrete=config.privacy.secure_aggregation)
+
+
+def _rate(config: RunConfig) -> float:
+    """Return the probability of taking part in a round, as far as it hides anything.
+
+    Under secure aggregation the server, from whom clients hide, knows who takes part; and who is missing is
+    taken to send zeros and noise, so that neighbours are runs in which one client's texts count for nothing.
+    """
+    return 1.0 if config.privacy.secure_aggregation else config.cohort / config.clients
 
 
 def with_noise(config: RunConfig) -> RunConfig:
@@ -74,11 +77,11 @@ def with_noise(config: RunConfig) -> RunConfig:
     if not privacy.noised:
         return config
     extras.require("dp_accounting", "differential privacy (section privacy)")
-    target, rate = privacy.target_epsilon, config.cohort / config.clients
+    target, discrete = privacy.target_epsilon, privacy.secure_aggregation
     if target is None:
         return config
     if privacy.noise_multiplier is None:
-        noise = least_noise(target, config.rounds, rate, delta_of(config))
+        noise = least_noise(target, config.rounds, _rate(config), delta_of(config), discrete=discrete)
         return config.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": noise})})
     if (first := spent(config, {1: 1})) > target:
         raise ConfigError(
@@ -95,10 +98,17 @@ def promise(config: RunConfig) -> str:
     said = f"epsilon = {number(after)} at delta = {delta_of(config):.3g} after {config.rounds} rounds"
     if budget is not None and after > budget:
         said = f"epsilon = {budget:g} at delta = {delta_of(config):.3g}, spent before round {config.rounds}"
+    if privacy.secure_aggregation:
+        how = (
+            f"clients add the noise, and the shares of {fewest(config)} of a round's {config.cohort} make it "
+            "whole (server.quorum); the server knows who takes part, so that each is taken to do so in every "
+            "round"
+        )
+    else:
+        how = f"each of {config.clients} clients takes part with probability {_rate(config):g}"
     return (
         f"differential privacy of each client: {said}; noise_multiplier = {privacy.noise_multiplier:g}, "
-        f"clip = {privacy.clip:g}; each of {config.clients} clients takes part with probability "
-        f"{config.cohort / config.clients:g}, and counts alike, however many texts it has"
+        f"clip = {privacy.clip:g}; {how}; clients count alike, however many texts they have"
     )
 
 
@@ -125,11 +135,43 @@ def sum_of(config: RunConfig, spec: Spec) -> WeightedSum | Kept:
         return average(config.server, spec)
     if privacy.noise_multiplier is None or privacy.clip is None:
         raise RuntimeError("privacy.target_epsilon was not turned into noise: see with_noise")
+    if privacy.secure_aggregation:
+        return FixedSum(spec, config.cohort)
     return PrivateSum(spec, config.cohort, privacy.noise_multiplier * reach(privacy.clip, spec))
 
 
-class PrivateSum(WeightedSum):
-    """A sum of updates in which each counts once, over a fixed number, and the noise as one more.
+class FixedSum(WeightedSum):
+    """A sum of updates in which each counts once, over a fixed number; noise is in it already.
+
+    Args:
+        spec: of an update.
+        share: number that the sum is divided by, whoever answers.
+    """
+
+    def __init__(self, spec: Spec, share: int) -> None:
+        super().__init__(spec)
+        self.share = share
+
+    def add(self, tensors: Tensors, weight: int) -> None:
+        """Fold one update in; it counts once, whatever its number of texts."""
+        super().add(tensors, 1)
+
+    def digest(self) -> str:
+        """Return a digest of the sum, as it came of the clients: the same sum has the same."""
+        found = hashlib.sha256()
+        for name, value in self.total().items():
+            found.update(f"{name}/{tuple(value.shape)}\n".encode() + value.numpy().tobytes())
+        return found.hexdigest()
+
+    def mean(self) -> Tensors:
+        """Return the sum over the fixed number, in the spec's dtypes."""
+        return {
+            name: total.div_(self.share).to(self.spec[name].dtype) for name, total in self.total().items()
+        }
+
+
+class PrivateSum(FixedSum):
+    """Such a sum to which the server adds the noise, as one more update.
 
     Args:
         spec: of an update.
@@ -138,20 +180,9 @@ class PrivateSum(WeightedSum):
     """
 
     def __init__(self, spec: Spec, share: int, deviation: float) -> None:
-        super().__init__(spec)
-        self.share, self.deviation = share, deviation
+        super().__init__(spec, share)
+        self.deviation = deviation
         self._noise: Tensors = {}
-
-    def add(self, tensors: Tensors, weight: int) -> None:
-        """Fold one update in; it counts once, whatever its number of texts."""
-        super().add(tensors, 1)
-
-    def digest(self) -> str:
-        """Return a digest of the sum without noise: the same sum has the same."""
-        found = hashlib.sha256()
-        for name, value in self.total().items():
-            found.update(f"{name}/{tuple(value.shape)}\n".encode() + value.numpy().tobytes())
-        return found.hexdigest()
 
     def blur(self, key: bytes) -> None:
         """Add the noise that a secret key of 32 bytes, never used for anything else, expands to."""
@@ -174,23 +205,3 @@ class PrivateSum(WeightedSum):
             name: total.add_(self._noise[name]).div_(self.share).to(self.spec[name].dtype)
             for name, total in self.total().items()
         }
-
-
-def uniform(key: bytes, count: int) -> np.ndarray:
-    """Return numbers in (0, 1), of 52 bits each, from the ChaCha20 stream (RFC 8439) of a key of 32 bytes.
-
-    >>> bool((uniform(bytes(32), 1000) < 1).all())
-    True
-    """
-    stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(8 * count))
-    return ((np.frombuffer(stream, dtype="<u8") >> (64 - _BITS)) + 0.5) * 2.0**-_BITS
-
-
-def gaussian(key: bytes, count: int) -> torch.Tensor:
-    """Return standard normal numbers in float64: the normal quantiles of :func:`uniform`.
-
-    >>> torch.equal(gaussian(bytes(32), 3), gaussian(bytes(32), 4)[:3])
-    True
-    """
-    drawn: torch.Tensor = torch.special.ndtri(torch.from_numpy(uniform(key, count)))
-    return drawn

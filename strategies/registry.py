@@ -170,9 +170,13 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
             f'codec.down = "{config.codec.down}": ef21 needs an estimate that a client which was not asked '
             "for a while does not have; use error_feedback"
         )
+    from fedllm.secagg.ring import Ring
     from strategies.private import with_noise
 
-    return with_noise(config)
+    config = with_noise(config)
+    if config.privacy.secure_aggregation and config.privacy.noised:
+        Ring.of(config, codecs.up, config.cohort)  # refuses noise for which its integers are not made
+    return config
 
 
 def _require_summable(config: RunConfig, codecs: Codecs) -> None:
@@ -184,10 +188,11 @@ def _require_summable(config: RunConfig, codecs: Codecs) -> None:
             "anybody decodes them, which takes one grid for all clients, all values and no tables: take "
             '"fixed(bits=8, fraction=12)", or "none"'
         )
-    if up.grid is not None and clip is not None:
+    if up.grid is not None and clip is not None and not config.privacy.noised:
         raise ConfigError(
             f"codec.up = {config.codec.up!r} rounds after a client has clipped to privacy.clip = {clip:g}, "
-            'and under privacy.secure_aggregation nobody clips again: take codec.up = "none", or no clip'
+            "and under privacy.secure_aggregation nobody clips again but before noise is added: take "
+            'codec.up = "none", or no clip'
         )
 
 

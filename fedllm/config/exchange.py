@@ -30,7 +30,8 @@ class PrivacyConfig(Section):
     unset takes all others."""
     noise_multiplier: float | None = Field(default=None, ge=0.1, le=1e6)
     """Differential privacy of each client: standard deviation, in units of ``clip``, of the Gaussian noise
-    that the server adds to the sum of a round's updates. Each client then takes part by a coin of its own."""
+    that the server adds to the sum of a round's updates. Each client then takes part by a coin of its own.
+    Under secure aggregation clients add it, and the shares of ``server.quorum`` of them make it whole."""
     target_epsilon: float | None = Field(default=None, gt=0.0, le=1e3)
     """Budget that ends the run once it is spent; without ``noise_multiplier`` the least noise is taken with
     which ``rounds`` keep to it."""

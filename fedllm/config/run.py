@@ -249,10 +249,6 @@ class RunConfig(Section):
             ),
             (server.robust != "none", f'go with sums, not server.robust = "{server.robust}": take "none"'),
             (server.outliers == "reject", f'cover {own}: take server.outliers = "name"'),
-            (
-                privacy.secure_aggregation,
-                "need a server that clips, which sees no update: take privacy.secure_aggregation = false",
-            ),
             (self.evaluation.clients, "do not cover what clients score: take evaluation.clients = false"),
             (
                 self.training.class_weights == "balanced",

@@ -12,7 +12,7 @@ from fedllm.errors import WireError
 from fedllm.secagg import graph
 from fedllm.secagg.letters import Entry, roster
 
-__all__ = ["LEAST", "Group", "Rules", "purpose"]
+__all__ = ["LEAST", "Group", "Rules", "fewest", "purpose"]
 
 LEAST = 3
 """Clients in a sum at least: of two, each would know the other's update."""
@@ -98,6 +98,11 @@ class Group:
             if left < least:
                 raise WireError(f"{left} {whom} are left, {least} is the least (privacy.threshold)")
         return near
+
+
+def fewest(config: RunConfig) -> int:
+    """Return how few clients a sum may be of: each of them sees to it before it helps to open the sum."""
+    return max(config.quorum, LEAST)
 
 
 def purpose(kind: str, context: str, *clients: int) -> bytes:

@@ -44,7 +44,7 @@ from server.rounds.state import ServerState
 from server.rounds.timing.buffered import Buffered
 from server.rounds.timing.clock import Clock, Timed
 from strategies.base import Exchange, Method, State
-from strategies.private import PrivateSum
+from strategies.private import FixedSum
 
 __all__ = ["Engine"]
 
@@ -249,7 +249,7 @@ class Engine(Strategy):
         log.lack = ""
         cohort = sample(available, config.cohort + config.server.over_select, config.seed, number)
         nodes, wanted = (available, len(available)) if number == 0 else (cohort, config.cohort)
-        if self._privacy is not None and number > 0:
+        if self._privacy is not None and number > 0 and not config.privacy.secure_aggregation:
             nodes = self._privacy.cohort(number, available)
             wanted = len(nodes)
             if not nodes:  # so the coins fell: a round of noise alone
@@ -369,7 +369,7 @@ class Engine(Strategy):
         kept, state = self.state, self.state.current
         if self._privacy is not None:
             total = self.method.summed(acc)
-            assert isinstance(total, PrivateSum)
+            assert isinstance(total, FixedSum)
             self._privacy.release(self.completed + 1, total)
         step = self.method.step(state, acc)
         proposal, moments = step.proposal, kept.moments

@@ -8,6 +8,9 @@ which every client knows, tells neither who takes part in a round nor the noise.
               that goes on ends with the same bits; another sum of that round has noise of its own
     spending  the file lists the digests of all sums that were ever released, and never forgets one: going
               back to an earlier round gives no budget back
+
+Under secure aggregation nobody needs the key: who takes part is no secret, and each client adds its share of
+the noise, so that what is released is the sum as it comes.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from pathlib import Path
 
 from fedllm.config import RunConfig
 from fedllm.errors import FedllmError, StoreError
+from fedllm.privacy.noise import uniform
 from fedllm.runs.durable import replace_file, to_json
 from fedllm.runs.folder import PRIVACY
 from fedllm.wording import number
-from strategies.private import PrivateSum, delta_of, spent, uniform
+from strategies.private import FixedSum, PrivateSum, delta_of, spent
 
 __all__ = ["Privacy", "Spent"]
 
@@ -60,8 +64,8 @@ class Privacy:
         coins = uniform(self._key("cohort", round), self._config.clients)
         return [node for node in sorted(available) if coins[node] < rate]
 
-    def release(self, round: int, total: PrivateSum) -> None:
-        """Write down that a sum is released, then add its noise.
+    def release(self, round: int, total: FixedSum) -> None:
+        """Write down that a sum is released, then add its noise, unless clients have.
 
         Raises:
             Spent: it would spend too much; nothing was added.
@@ -72,7 +76,8 @@ class Privacy:
             self.require(round)
             self._released[round] = [*released, digest]
             self._write()
-        total.blur(self._key("noise", round, digest))
+        if isinstance(total, PrivateSum):
+            total.blur(self._key("noise", round, digest))
 
     def require(self, round: int, last: int | None = None) -> None:
         """See that the budget allows a new release in a round, and in all up to ``last``.

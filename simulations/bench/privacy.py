@@ -24,11 +24,12 @@ from fedllm.data.tokens import Tokens
 from fedllm.models.evaluation import evaluate
 from fedllm.models.model import Model
 from fedllm.presets import document
+from fedllm.privacy.noise import uniform
 from fedllm.protocol.uplink import clipped
 from fedllm.randomness import derive
 from fedllm.tensors import Tensors, norm_of, spec_of
 from strategies.base import Work
-from strategies.private import PrivateSum, delta_of, reach, uniform, with_noise
+from strategies.private import PrivateSum, delta_of, reach, with_noise
 from strategies.registry import resolve_run
 from strategies.session import Session
 

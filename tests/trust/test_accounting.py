@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy.stats import norm
 
-from fedllm.accounting import epsilon_of, least_noise, usual_delta
+from fedllm.privacy.accounting import epsilon_of, least_noise, usual_delta
 from tests.parts import quick
 
 

@@ -13,9 +13,10 @@ import pytest
 import scipy.stats
 import torch
 
-from fedllm.accounting import epsilon_of
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, StoreError
+from fedllm.privacy.accounting import epsilon_of
+from fedllm.privacy.noise import gaussian
 from fedllm.protocol.wire import Instruction, Reply
 from fedllm.runs import checkpoint
 from fedllm.runs.folder import PRIVACY
@@ -28,7 +29,7 @@ from server.rounds.state import ServerState
 from simulations.bench.privacy import compare
 from simulations.engines.loopback import loopback
 from strategies import private
-from strategies.private import PrivateSum, gaussian, reach, with_noise
+from strategies.private import PrivateSum, reach, with_noise
 from strategies.registry import resolve_run
 from strategies.session import Session
 from tests.rounds.federation import configuration, cut, run

@@ -6,6 +6,10 @@ nobody else learns. Neighbours differ in one client that is there or not (add or
 Poisson-subsampled Gaussians is by privacy loss distributions, an upper bound (Koskela et al., AISTATS 2020;
 Doroshenko et al., PoPETs 2022); where all take part, k releases are exactly one of noise / sqrt(k) (Balle and
 Wang, ICML 2018).
+
+Where clients add discrete noise themselves (``discrete``), a release is (1 / 2 noise^2)-concentrated
+differentially private (Canonne, Kamath and Steinke, NeurIPS 2020, theorem 4; of sums Kairouz, Liu and
+Steinke, ICML 2021), these add up, and Renyi divergences of all orders give epsilon: a bound less tight.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ def usual_delta(members: int) -> float:
     return math.pow(members, -1.1)
 
 
-def epsilon_of(releases: Mapping[int, int], rate: float, noise: float, delta: float) -> float:
+def epsilon_of(
+    releases: Mapping[int, int], rate: float, noise: float, delta: float, *, discrete: bool = False
+) -> float:
     """Return the epsilon that releases have spent.
 
     Args:
@@ -43,6 +49,7 @@ def epsilon_of(releases: Mapping[int, int], rate: float, noise: float, delta: fl
         rate: probability with which a client takes part in a round, in (0, 1].
         noise: standard deviation over the length that bounds a client's vector.
         delta: in (0, 1).
+        discrete: the noise is a sum of discrete Gaussians; then rate must be 1.
 
     Raises:
         ConfigError: ``dp-accounting`` is not installed.
@@ -52,19 +59,26 @@ def epsilon_of(releases: Mapping[int, int], rate: float, noise: float, delta: fl
     >>> round(epsilon_of({1: 1}, 1.0, 1.0, 1e-5), 4)  # Balle and Wang's analytic Gaussian
     4.3772
     """
-    return _epsilon(tuple(sorted(releases.items())), rate, noise, delta)
+    return _epsilon(tuple(sorted(releases.items())), rate, noise, delta, discrete)
 
 
 @cache
-def _epsilon(releases: tuple[tuple[int, int], ...], rate: float, noise: float, delta: float) -> float:
+def _epsilon(
+    releases: tuple[tuple[int, int], ...], rate: float, noise: float, delta: float, discrete: bool
+) -> float:
     extras.require("dp_accounting", "privacy.noise_multiplier")
-    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, ZCDpEvent
     from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
     from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
 
     total = sum(many * rounds for many, rounds in releases)
     if not total:
         return 0.0
+    if discrete:
+        assert rate == 1, "sampling is not accounted for here"
+        renyi = RdpAccountant().compose(ZCDpEvent(total / (2 * noise**2)))
+        return float(renyi.get_epsilon(delta))
     whole = float(get_epsilon_gaussian(noise / math.sqrt(total), delta))
     if rate >= 1:
         return whole
@@ -75,7 +89,7 @@ def _epsilon(releases: tuple[tuple[int, int], ...], rate: float, noise: float, d
     return min(whole, float(accountant.get_epsilon(delta)))
 
 
-def least_noise(target: float, rounds: int, rate: float, delta: float) -> float:
+def least_noise(target: float, rounds: int, rate: float, delta: float, *, discrete: bool = False) -> float:
     """Return the least noise with which so many rounds spend at most ``target``, to four decimals.
 
     Args:
@@ -83,6 +97,7 @@ def least_noise(target: float, rounds: int, rate: float, delta: float) -> float:
         rounds: of one release each.
         rate: probability with which a client takes part in a round, in (0, 1].
         delta: in (0, 1).
+        discrete: see :func:`epsilon_of`.
 
     Raises:
         ConfigError: ``dp-accounting`` is not installed.
@@ -96,10 +111,12 @@ def least_noise(target: float, rounds: int, rate: float, delta: float) -> float:
     from scipy.optimize import brentq
 
     def above(noise: float) -> float:
-        return epsilon_of({1: rounds}, rate, noise, delta) - target
+        return epsilon_of({1: rounds}, rate, noise, delta, discrete=discrete) - target
 
     noise = float(get_sigma_gaussian(target, delta)) * math.sqrt(rounds)
-    if rate < 1:
+    while discrete and above(noise) > 0:
+        noise *= _STEP
+    if rate < 1 or discrete:
         less = noise / _STEP
         while above(less) <= 0 and less > LEAST / _STEP:
             noise, less = less, less / _STEP

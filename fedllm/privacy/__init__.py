@@ -1,0 +1,1 @@
+"""Differential privacy: secret noise, and what it costs and buys."""
