@@ -29,7 +29,7 @@ from fedllm.host.resources import peak_rss_bytes
 from fedllm.plugins import require_installed
 from fedllm.protocol import wire
 from fedllm.protocol.increments import receive
-from fedllm.protocol.uplink import Sent, Uplink, Upload
+from fedllm.protocol.uplink import Sent, Uplink, Upload, clip_of
 from fedllm.protocol.wire import STALE, Instruction, Reply
 from fedllm.randomness import derive
 from fedllm.tensors import Tensors, digest
@@ -225,7 +225,7 @@ class _Task:
             answered = method.evaluate(work) if work.kind == "evaluate" else method.run(work)
         if attacks and work.kind == "fit":
             answered = replace(answered, tensors=bent(self.config, answered.tensors, *self.at, node))
-        upload = Upload(work.kind, *self.at, node, instruction.progress)
+        upload = Upload(work.kind, *self.at, node, instruction.progress, clip_of(work.arguments))
         uplink = Uplink(self.config, self.session.codecs.up)
         return answered, uplink.send(upload, answered.tensors, local.codec)
 

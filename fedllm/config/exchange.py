@@ -21,6 +21,11 @@ class PrivacyConfig(Section):
 
     clip: float | None = Field(default=None, gt=0.0)
     """L2 norm to which a client scales its update down before encoding, and the server after decoding."""
+    clip_quantile: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Let ``clip`` be the first round's, and follow the norm that this share of updates does not exceed
+    (Andrew et al., NeurIPS 2021), such as 0.5; the count that it takes is noised, and accounted for."""
+    clip_rate: float = Field(default=0.2, gt=0.0, le=2.0)
+    """How fast it follows: a round multiplies it by exp(-``clip_rate`` (share - ``clip_quantile``))."""
     secure_aggregation: bool = False
     """Let the server learn the sum of a round's updates and none by itself (Bonawitz et al., CCS 2017)."""
     threshold: float = Field(default=0.667, ge=0.5, lt=1.0)

@@ -231,10 +231,21 @@ class RunConfig(Section):
     def _require_private(self) -> None:
         """Refuse what noise would not hide, or what its accounting does not cover."""
         privacy, server = self.privacy, self.server
+        usual = type(privacy).model_fields["clip_rate"].default
+        if privacy.clip_quantile is None and privacy.clip_rate != usual:
+            raise ValueError("privacy.clip_rate is for privacy.clip_quantile: set that, or leave it out")
         if not privacy.noised:
-            if privacy.delta is not None:
-                raise ValueError("privacy.delta is for privacy.noise_multiplier or privacy.target_epsilon")
+            for key in ("delta", "clip_quantile"):
+                if getattr(privacy, key) is not None:
+                    raise ValueError(
+                        f"privacy.{key} is for privacy.noise_multiplier or privacy.target_epsilon"
+                    )
             return
+        if privacy.clip_quantile is not None and privacy.secure_aggregation:
+            raise ValueError(
+                "privacy.clip_quantile counts whose updates are longer than the clip, and under "
+                "privacy.secure_aggregation the server sees none: leave one of the two out"
+            )
         own = "what a client changes by its own update"
         for wrong, why in (
             (

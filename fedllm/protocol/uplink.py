@@ -1,6 +1,7 @@
 """The uplink: how what a client answers goes up, and is read there. Both halves.
 
-    fit                  client: clip to ``privacy.clip``, encode with ``codec.up``, keep the residual
+    fit                  client: clip to ``privacy.clip``, encode with ``codec.up``, keep the residual;
+                         where the clip follows the updates, the exchange's argument ``clip`` says it
                          server: decode, gate, clip what is longer than a client that clipped would send
     setup, evaluate      values as they are: statistics and measurements are no updates
 
@@ -9,16 +10,20 @@ Both sides draw the same random numbers for an upload, by the facts that name it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedllm.codecs.base import CodecContext, Dense, FramedCodec
 from fedllm.codecs.measure import relative_error
 from fedllm.config import RunConfig
+from fedllm.errors import WireError
 from fedllm.tensors import Spec, Tensors, norm_of, pack, spec_of, unpack
 
-__all__ = ["ROUNDING", "Received", "Sent", "Uplink", "Upload", "clipped"]
+__all__ = ["CLIP", "ROUNDING", "Received", "Sent", "Uplink", "Upload", "clip_of", "clipped"]
 
+CLIP = "clip"
+"""Argument of an exchange that has a clip of its own."""
 ROUNDING = 1e-6
 """Share by which an update that its client clipped may come out longer: the scaling itself rounds."""
 
@@ -32,6 +37,7 @@ class Upload:
         round: of the exchange; ``index`` is its place in the round.
         node: the client's number.
         progress: share of the rounds that is done, in [0, 1).
+        clip: of this exchange; None for that of the run.
     """
 
     kind: str
@@ -39,6 +45,7 @@ class Upload:
     index: int
     node: int
     progress: float = 0.0
+    clip: float | None = None
 
     @property
     def coded(self) -> bool:
@@ -102,7 +109,7 @@ class Uplink:
         if not upload.coded:
             return Sent(pack(tensors), residuals)
         norm = norm_of(tensors)
-        tensors = clipped(tensors, norm, self.config.privacy.clip)
+        tensors = clipped(tensors, norm, self._limit(upload))
         context = self._context(upload)
         payload, after = self.codec.encode(tensors, residuals, context)
         metrics = {"update_norm": norm, **context.notes}
@@ -129,11 +136,28 @@ class Uplink:
 
     def clip(self, upload: Upload, tensors: Tensors, norm: float) -> Tensors:
         """Server: clip what a client did not, or what the codec made longer."""
-        return clipped(tensors, norm, self.config.privacy.clip, ROUNDING) if upload.coded else tensors
+        return clipped(tensors, norm, self._limit(upload), ROUNDING) if upload.coded else tensors
+
+    def _limit(self, upload: Upload) -> float | None:
+        return self.config.privacy.clip if upload.clip is None else upload.clip
 
     def _context(self, upload: Upload) -> CodecContext:
         path = ("up", upload.round, upload.index, upload.node)
         return CodecContext(self.config.seed, path, upload.progress)
+
+
+def clip_of(arguments: Mapping[str, str | int | float | bool]) -> float | None:
+    """Return the clip of an exchange with these arguments; None for that of the run.
+
+    Raises:
+        WireError: it is no length.
+    """
+    if CLIP not in arguments:
+        return None
+    clip = arguments[CLIP]
+    if not isinstance(clip, float) or not 0 < clip < math.inf:
+        raise WireError(f"an exchange's clip is {clip!r}, which is no length")
+    return clip
 
 
 def clipped(tensors: Tensors, norm: float, limit: float | None, rounding: float = 0.0) -> Tensors:

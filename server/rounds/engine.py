@@ -7,6 +7,7 @@ count with its reason. It is final: a new method is a new file beside it, not a 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import RunFailed
 from fedllm.host.resources import peak_rss_bytes
 from fedllm.protocol import wire
+from fedllm.protocol.uplink import CLIP
 from fedllm.runs.summary import SIMULATED
 from fedllm.runs.writer import RunStore
 from fedllm.tasks.metrics import by_class, neglect
@@ -202,7 +204,7 @@ class Engine(Strategy):
         if self.config.buffered and accepted:
             details |= staleness.spread(self._opened.staleness.values())
         if accepted or (self._privacy is not None and number > 0):
-            details |= self._commit(acc)
+            details |= self._commit(acc, accepted)
             downlink = self._messages.downlink
             details["codec"] = {"up": dict(log.codec_up), "down": dict(downlink.parts)}
             if downlink.error is not None:
@@ -259,6 +261,8 @@ class Engine(Strategy):
             nodes, wanted = available, config.answers
         while isinstance(plan := self.method.plan(self.state.current, acc), Exchange):
             log.kept = set(self.state.counted)
+            if config.privacy.clip_quantile is not None and plan.kind == "fit":
+                plan = replace(plan, arguments={**plan.arguments, CLIP: self._clip})
             self._open = OpenExchange(plan, index, nodes, wanted, acc, log, self._bounds.next(number))
             if self._bound is not None:
                 self._allow(self._messages.most(self._open, self.state.current))
@@ -364,13 +368,10 @@ class Engine(Strategy):
             self._most = most
             self._bound(most)
 
-    def _commit(self, acc: Any) -> Mapping[str, float]:
+    def _commit(self, acc: Any, accepted: Mapping[int, wire.Reply]) -> Mapping[str, float]:
         """Let method, server optimiser and downlink codec step in turn; return the method's report."""
         kept, state = self.state, self.state.current
-        if self._privacy is not None:
-            total = self.method.summed(acc)
-            assert isinstance(total, FixedSum)
-            self._privacy.release(self.completed + 1, total)
+        report = {} if self._privacy is None else self._release(self._privacy, acc, accepted)
         step = self.method.step(state, acc)
         proposal, moments = step.proposal, kept.moments
         if isinstance(proposal, dict):
@@ -384,7 +385,23 @@ class Engine(Strategy):
         )
         kept.current = State(state.version + 1, tensors, step.memory)
         kept.moments, kept.residual = moments, residual
-        return step.report
+        return {**report, **step.report}
+
+    def _release(self, privacy: Privacy, acc: Any, accepted: Mapping[int, wire.Reply]) -> Mapping[str, float]:
+        """Add the noise to a round's sum; where the clip follows the updates, return what it was."""
+        total, clip = self.method.summed(acc), self._clip
+        assert isinstance(total, FixedSum)
+        unclipped = sum(reply.metrics.get("update_norm", math.inf) <= clip for reply in accepted.values())
+        after = privacy.release(self.completed + 1, total, clip, unclipped)
+        if self.config.privacy.clip_quantile is None:
+            return {}
+        self.state.clip = after
+        return {CLIP: clip}
+
+    @property
+    def _clip(self) -> float:
+        """The round's clip; infinite where there is none."""
+        return self.state.clip or self.config.privacy.clip or math.inf
 
     def _score(self, number: int) -> dict[str, float]:
         every = self.config.evaluation.every

@@ -24,11 +24,11 @@ from pathlib import Path
 
 from fedllm.config import RunConfig
 from fedllm.errors import FedllmError, StoreError
-from fedllm.privacy.noise import uniform
+from fedllm.privacy.noise import gaussian, uniform
 from fedllm.runs.durable import replace_file, to_json
 from fedllm.runs.folder import PRIVACY
 from fedllm.wording import number
-from strategies.private import FixedSum, PrivateSum, delta_of, spent
+from strategies.private import FixedSum, PrivateSum, delta_of, deviation, next_clip, spent
 
 __all__ = ["Privacy", "Spent"]
 
@@ -64,20 +64,35 @@ class Privacy:
         coins = uniform(self._key("cohort", round), self._config.clients)
         return [node for node in sorted(available) if coins[node] < rate]
 
-    def release(self, round: int, total: FixedSum) -> None:
+    def release(self, round: int, total: FixedSum, clip: float, unclipped: int) -> float:
         """Write down that a sum is released, then add its noise, unless clients have.
+
+        Args:
+            round: its number.
+            total: of the updates that came.
+            clip: of the round.
+            unclipped: updates that were not longer; heeded where the clip follows them.
+
+        Returns:
+            The next round's clip.
 
         Raises:
             Spent: it would spend too much; nothing was added.
         """
-        digest = total.digest()
+        follows, answered = self._config.privacy.clip_quantile is not None, total.count
+        digest = total.digest() + (f"/{clip!r}/{unclipped}/{answered}" if follows else "")
         released = self._released.get(round, [])
         if digest not in released:
             self.require(round)
             self._released[round] = [*released, digest]
             self._write()
         if isinstance(total, PrivateSum):
-            total.blur(self._key("noise", round, digest))
+            key = self._key("noise", round, digest)
+            total.blur(key, deviation(self._config, total.spec, clip))
+        if not follows:
+            return clip
+        drawn = float(gaussian(self._key("count", round, digest), 1))
+        return next_clip(self._config, clip, unclipped, answered, drawn)
 
     def require(self, round: int, last: int | None = None) -> None:
         """See that the budget allows a new release in a round, and in all up to ``last``.

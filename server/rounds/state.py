@@ -77,6 +77,7 @@ class ServerState:
         now: simulated seconds in which rounds overlap; 0 but in mode ``async``.
         moments: what the server optimiser remembers.
         residual: what ``codec.down`` left out of earlier versions.
+        clip: of the next round, where it follows the updates; 0 for ``privacy.clip``.
     """
 
     current: State
@@ -91,6 +92,7 @@ class ServerState:
     now: float = 0.0
     moments: Tensors = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
+    clip: float = 0.0
 
     @classmethod
     def begin(cls, initial: Tensors, *, derived: bool = True) -> Self:
@@ -147,6 +149,7 @@ class ServerState:
                     node: (f.begun, f.asked, f.ends, f.status, f.reason) for node, f in flights.items()
                 },
                 "now": self.now,
+                "clip": self.clip,
             },
             keep=keep,
             every=every,
@@ -188,6 +191,7 @@ class ServerState:
             facts.get("now", 0.0),
             groups.get("moments", moments),
             groups.get("residual", residual),
+            facts.get("clip", 0.0),
         )
 
 

@@ -75,13 +75,13 @@ def _cell(session: Session, budget: float) -> dict[str, float]:
         noise = config.privacy.noise_multiplier or 0.0
     spec, tensors = spec_of(session.initial), dict(session.initial)
     for number in range(1, config.rounds + 1):
-        total = PrivateSum(spec, config.cohort, noise * reach(clip, spec))
+        total = PrivateSum(spec, config.cohort)
         # A benchmark's coins and noise hide nothing: they come of the seed, to be the same again.
         coins = uniform(_key(config, number, "cohort"), config.clients)
         for node in np.flatnonzero(coins < config.cohort / config.clients).tolist():
             update = _update(session, tensors, number, node)
             total.add(clipped(update, norm_of(update), clip), 1)
-        total.blur(_key(config, number, "noise"))
+        total.blur(_key(config, number, "noise"), noise * reach(clip, spec))
         change = total.mean()
         tensors = {name: value + change[name] for name, value in tensors.items()}
     session.method.load(session.model, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import stat
@@ -80,9 +81,9 @@ def test_the_noise_has_the_variance_of_the_closed_form() -> None:
     """Of many draws: (z C / m)^2 for each value, around the sum over m, and no two values together."""
     drawn = []
     for number in range(3000):
-        total = PrivateSum(SPEC, 5, 2.0 * reach(0.8, SPEC))
+        total = PrivateSum(SPEC, 5)
         total.add({"a": torch.full((4,), 0.1), "b": torch.zeros(2, 3)}, weight=77)
-        total.blur(key(number))
+        total.blur(key(number), 2.0 * reach(0.8, SPEC))
         drawn.append(torch.cat([value.flatten() for value in total.mean().values()]))
     values = torch.stack(drawn).double().numpy()
     expected = (2.0 * 0.8 / 5) ** 2
@@ -95,7 +96,7 @@ def test_the_noise_has_the_variance_of_the_closed_form() -> None:
 
 def test_a_sum_is_not_read_before_it_has_noise() -> None:
     with pytest.raises(RuntimeError, match="before noise"):
-        PrivateSum(SPEC, 5, 1.0).mean()
+        PrivateSum(SPEC, 5).mean()
 
 
 def test_a_client_moves_the_sum_by_its_clip_and_the_mean_by_a_fixed_share(
@@ -190,9 +191,67 @@ def test_a_run_that_lost_its_record_of_spending_does_not_go_on(tmp_path: Path) -
         Privacy(config, tmp_path / "run", begun=True)
 
 
+FOLLOWING = {**NOISED, "clip_quantile": 0.5}
+
+
+@pytest.mark.parametrize(("cohort", "noise"), [(10, 2.0), (1000, 2.0)])
+def test_sum_and_count_together_spend_what_is_accounted_for(cohort: int, noise: float) -> None:
+    """Two Gaussians at once are one whose deviation^-2 is the sum of theirs; clients move a count by 1/2."""
+    privacy = {**FOLLOWING, "noise_multiplier": noise}
+    config = RunConfig.validated({"clients": cohort, "privacy": privacy})
+    of_sum = private.deviation(config, SPEC, 0.8) / reach(0.8, SPEC)
+    count = private.count_noise(config)
+    assert count == (50.0 if cohort == 1000 else 2.0)
+    assert noise < of_sum < 1.16 * noise
+    assert of_sum**-2 + (0.5 / count) ** 2 == pytest.approx(noise**-2, rel=1e-12)
+
+
+def test_the_clip_follows_the_quantile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise: of updates that are all longer it grows by exp(0.1) a round, and so do steps."""
+
+    def still(key: bytes, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.float64)
+
+    monkeypatch.setattr(private, "gaussian", still)
+    monkeypatch.setattr(rounds_privacy, "gaussian", still)
+    config = scripted(rounds=3, privacy=FOLLOWING)
+    state = playing(config, tmp_path / "run", 100.0)
+    clips = [math.exp(0.1 * number) for number in range(3)]
+    moved = torch.cat([value.flatten() for value in state.current.tensors.values()])
+    torch.testing.assert_close(moved, torch.full((3,), sum(clips) / math.sqrt(3)))
+    told = [record.details["clip"] for record in Run(tmp_path / "run").rounds()[1:]]
+    assert told == pytest.approx(clips)
+    shorter = playing(config, tmp_path / "shorter", 1e-3)
+    assert shorter.clip == pytest.approx(math.exp(-0.3))
+
+
+def test_the_count_of_short_updates_is_noised() -> None:
+    config = RunConfig.validated({"clients": 40, "privacy": FOLLOWING})
+    at = [private.next_clip(config, 1.0, 30, 36, drawn) for drawn in (0.0, 1.0)]
+    assert at[0] == pytest.approx(math.exp(-0.2 * (30 - 18) / 40))
+    assert math.log(at[0] / at[1]) == pytest.approx(0.2 * 2.0 / 40)
+
+
+def test_a_run_whose_clip_follows_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    config, folder = scripted(rounds=3, privacy=FOLLOWING), tmp_path / "run"
+    first = playing(config, folder, 0.3)
+    for place in (folder / "checkpoints").glob("*3*"):
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    saved = checkpoint.latest(folder / "checkpoints")
+    assert saved is not None
+    assert saved.number == 2
+    again = playing(config, folder, 0.3)
+    assert all(torch.equal(one, again.current.tensors[name]) for name, one in first.current.tensors.items())
+    assert again.clip == first.clip != 0
+    assert len(json.loads((folder / PRIVACY).read_text())["released"]["3"]) == 1
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
+        ({"privacy": {"clip": 1.0, "clip_quantile": 0.5}}, r"privacy\.clip_quantile is for"),
+        ({"privacy": {**NOISED, "clip_rate": 0.1}}, r"privacy\.clip_rate is for"),
+        ({"privacy": {**FOLLOWING, "secure_aggregation": True}}, r"clip_quantile counts"),
         ({"privacy": {"noise_multiplier": 1.0}}, r"without privacy\.clip"),
         ({"clients": 1}, "clients = 1"),
         ({"server": {"over_select": 1, "sample": 2}}, "over_select"),

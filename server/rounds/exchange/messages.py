@@ -11,7 +11,7 @@ from fedllm.codecs import Codecs
 from fedllm.config import RunConfig
 from fedllm.errors import RejectedReply, WireError
 from fedllm.protocol import wire
-from fedllm.protocol.uplink import Uplink, Upload
+from fedllm.protocol.uplink import Uplink, Upload, clip_of
 from fedllm.protocol.wire import Instruction
 from fedllm.runs.provenance.chain import Sent
 from fedllm.tensors import Spec, Tensors, dense_bytes, digest, spec_of
@@ -151,7 +151,7 @@ class Messages:
         kind, node = opened.exchange.kind, member.node
         begun, version = opened.begun.get(node, (opened.log.number, state.version))
         at = (begun, opened.index)
-        upload = Upload(kind, *at, node, self._progress(begun))
+        upload = Upload(kind, *at, node, self._progress(begun), clip_of(opened.exchange.arguments))
         reply = wire.unpack_reply(content)
         view = self.method.view(state.tensors, node)
         dense = dense_bytes(self.method.stands_for(view)) if upload.coded and reply.payload else None
