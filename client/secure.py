@@ -80,6 +80,8 @@ def answer(config: RunConfig, place: NodeContext, instruction: Instruction) -> R
         payload = one.keys(context)
     elif instruction.kind == "shares":
         payload = one.shares(context, told)
+    elif instruction.kind == "agree":
+        payload = one.agree(context, told)
     else:
         payload = one.unmask(context, Unmasking.read(told))
     return wire.pack_reply(Reply(instruction.round, instruction.index, payload=payload))

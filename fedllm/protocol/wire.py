@@ -66,8 +66,8 @@ LOG = "log"
 ONCE = "forward_once"
 """The metric that says how many of a reply's forward passes a simulated device makes once in a run."""
 
-SESSION = ("keys", "shares", "unmask")
-"""Kinds of the exchanges that secure aggregation holds around one of a method's."""
+SESSION = ("keys", "shares", "agree", "unmask")
+"""Kinds of the exchanges that secure aggregation holds around one of a method's; ``agree`` is for devices."""
 
 REFUSED = "refused"
 """The argument of ``describe`` that says why the server did not take the node's last introduction."""

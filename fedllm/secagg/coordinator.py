@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from fedllm.errors import RunFailed, WireError
 from fedllm.secagg import keys, shamir, words
-from fedllm.secagg.letters import NONCE_BYTES, Entry, Masking, Shares, Unmasking, roster
-from fedllm.secagg.participant import NO_SHARE, pair_key, self_key
+from fedllm.secagg.identity import require_stated
+from fedllm.secagg.letters import NONCE_BYTES, Entry, Masking, Shares, Unmasking, roster, survivors
+from fedllm.secagg.participant import NO_SHARE, agreement, pair_key, self_key
 from fedllm.secagg.rules import Group, Rules
 from fedllm.secagg.words import Words
 
@@ -41,6 +42,7 @@ class Coordinator:
         self._sum: Words | None = None
         self._bits = 0
         self._near: dict[int, list[int]] = {}
+        self._agreed: dict[int, bytes] = {}
         self._revealed: dict[int, dict[int, bytes]] = {}
         """Shares of each client's secret, by holder + 1."""
 
@@ -98,6 +100,20 @@ class Coordinator:
             self._sum += values
         self.survivors.add(node)
 
+    def agreeing(self) -> bytes:
+        """Return whose values came, which each of them is to sign."""
+        return survivors(sorted(self.survivors))
+
+    def take_agreement(self, node: int, payload: bytes) -> None:
+        """Take in a client's signature under that.
+
+        Raises:
+            WireError: it is none that peers would take.
+        """
+        statement = agreement(self.context, self.group, self.agreeing())
+        require_stated(self.sharers[node].proof, statement, payload)
+        self._agreed[node] = payload
+
     def unmasking(self, node: int) -> bytes:
         """Return whose shares a client is asked for, and those that were sealed for it."""
         sealed = [
@@ -105,7 +121,8 @@ class Coordinator:
             for each in self._near[node]
             if each in self.sharers
         ]
-        return Unmasking(tuple(sorted(self.survivors)), sealed).write()
+        agreed = {each: self._agreed[each] for each in self._near[node] if each in self._agreed}
+        return Unmasking(tuple(sorted(self.survivors)), sealed, agreed).write()
 
     def take_unmasking(self, node: int, payload: bytes) -> None:
         """Take in the shares that a client holds.

@@ -10,10 +10,13 @@ import struct
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedllm.certificates import Holder, key_in, require_signed
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedllm.certificates import Holder, key_in, point, require_signed
 from fedllm.errors import WireError
 
-__all__ = ["Certified", "Identity", "Unproven"]
+__all__ = ["Certified", "Identity", "Unproven", "require_stated"]
 
 _CONTEXT = b"fedllm secagg keys 1\0"
 """What is signed begins so: a signature under anything else of this key is none of a list."""
@@ -22,44 +25,103 @@ _CONTEXT = b"fedllm secagg keys 1\0"
 class Identity(Protocol):
     """A node's own key, and what it takes to check its peers'."""
 
+    certified: bool
+    """Whether it has a key, and peers that have some."""
+
     def prove(self, statement: bytes) -> bytes:
-        """Return a proof that this node states something."""
+        """Return a proof that this node states something: a signature, and whose it is."""
         ...
 
-    def check(self, node: int, statement: bytes, proof: bytes) -> None:
-        """Raise ``WireError`` unless that node states it."""
+    def check(self, node: int, statement: bytes, proof: bytes) -> bytes:
+        """Return that node's public key; raise ``WireError`` unless it states it."""
+        ...
+
+    def state(self, statement: bytes) -> bytes:
+        """Return a signature for peers that know whose it is."""
+        ...
+
+    def stated(self, key: bytes, statement: bytes, signature: bytes) -> bool:
+        """Whether the holder of a key, as :meth:`check` returned it, states something."""
         ...
 
 
 class Unproven:
     """Clients of a simulation: all in one hand, and without keys of their own."""
 
+    certified = False
+
     def prove(self, statement: bytes) -> bytes:
         """Return nothing."""
         return b""
 
-    def check(self, node: int, statement: bytes, proof: bytes) -> None:
+    def check(self, node: int, statement: bytes, proof: bytes) -> bytes:
         """Believe it."""
+        return b""
+
+    def state(self, statement: bytes) -> bytes:
+        """Return nothing."""
+        return b""
+
+    def stated(self, key: bytes, statement: bytes, signature: bytes) -> bool:
+        """Believe it."""
+        return True
 
 
 @dataclass(frozen=True)
 class Certified(Holder):
     """A node of a federation; read from its bundle."""
 
+    certified = True
+
     def prove(self, statement: bytes) -> bytes:
         """Sign, and show the certificate."""
-        signature = self.sign(_CONTEXT + statement)
+        signature = self.state(statement)
         return struct.pack("<H", len(signature)) + signature + self.shown
 
-    def check(self, node: int, statement: bytes, proof: bytes) -> None:
-        """Check signature, certificate and number."""
+    def check(self, node: int, statement: bytes, proof: bytes) -> bytes:
+        """Check signature, certificate and number; return the public key's point."""
         if len(proof) < 2:
             raise WireError(f"client {node} does not prove whose keys are shown under its number")
-        size = 2 + int.from_bytes(proof[:2], "little")
+        signature, shown = _parts(proof)
         try:
-            key = key_in(proof[size:], self.authority, node)
-            require_signed(key, _CONTEXT + statement, proof[2:size])
+            key = key_in(shown, self.authority, node)
+            require_signed(key, _CONTEXT + statement, signature)
         except WireError as error:
             raise WireError(
                 f"the keys shown under the number of client {node} are not proven to be its own: {error}"
             ) from error
+        return point(key)
+
+    def state(self, statement: bytes) -> bytes:
+        """Sign."""
+        return self.sign(_CONTEXT + statement)
+
+    def stated(self, key: bytes, statement: bytes, signature: bytes) -> bool:
+        """Check a signature by a peer's point."""
+        public = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), key)
+        try:
+            require_signed(public, _CONTEXT + statement, signature)
+        except WireError:
+            return False
+        return True
+
+
+def require_stated(proof: bytes, statement: bytes, signature: bytes) -> None:
+    """Check a signature by the key of an earlier proof, whoever has certified it: peers look at that.
+
+    Raises:
+        WireError: it is another's.
+    """
+    try:
+        key = x509.load_der_x509_certificate(_parts(proof)[1]).public_key()
+    except ValueError as error:
+        raise WireError(f"it has proven its keys by no certificate ({error})") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise WireError("it has proven its keys by a key of another kind")
+    require_signed(key, _CONTEXT + statement, signature)
+
+
+def _parts(proof: bytes) -> tuple[bytes, bytes]:
+    """Return signature and certificate of a proof."""
+    size = 2 + int.from_bytes(proof[:2], "little")
+    return proof[2:size], proof[size:]

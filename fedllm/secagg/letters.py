@@ -3,14 +3,17 @@
 keys      server: a nonce                              client: two public keys
 shares    server: everybody's keys                     client: sealed shares for its neighbours, a proof
 fit       server: who has shared, neighbours' proofs   client: masked values, elsewhere
-unmask    server: whose values came, sealed shares     client: one share of each neighbour
+agree     server: whose values came                    client: its signature under that
+unmask    server: the same, signatures, sealed shares  client: one share of each neighbour
+
+Clients of a simulation have no keys of their own: there is no step ``agree``, and no signature, among them.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from fedllm.codecs.base import Reader
@@ -18,7 +21,18 @@ from fedllm.errors import WireError
 from fedllm.secagg.keys import KEY_BYTES, TAG_BYTES
 from fedllm.secagg.shamir import SHARE_BYTES
 
-__all__ = ["NONCE_BYTES", "SEALED_BYTES", "Entry", "Masking", "Shares", "Unmasking", "entries", "roster"]
+__all__ = [
+    "NONCE_BYTES",
+    "SEALED_BYTES",
+    "Entry",
+    "Masking",
+    "Shares",
+    "Unmasking",
+    "entries",
+    "roster",
+    "survivors",
+    "survivors_in",
+]
 
 NONCE_BYTES = 16
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
@@ -135,24 +149,44 @@ class Unmasking:
     Attributes:
         survivors: whose masked values came, ascending.
         sealed: shares of its neighbours among the sharers, ascending.
+        agreed: signatures of its neighbours under the survivors, by number, ascending.
     """
 
     survivors: tuple[int, ...]
     sealed: Sequence[bytes]
+    agreed: Mapping[int, bytes] = field(default_factory=dict)
 
     def write(self) -> bytes:
         """Return all of it."""
-        return _numbers(self.survivors) + b"".join(self.sealed)
+        agreed = b"".join(struct.pack("<H", len(one)) + one for one in self.agreed.values())
+        return b"".join([survivors(self.survivors), _numbers(tuple(self.agreed)), agreed, *self.sealed])
 
     @classmethod
     def read(cls, data: bytes) -> Self:
         """Invert :meth:`write`."""
         reader = Reader(data)
         survivors = _read_numbers(reader)
-        count = (len(data) - 4 - 4 * len(survivors)) // SEALED_BYTES
-        sealed = [bytes(reader.take(SEALED_BYTES, "shares")) for _ in range(count)]
+        agreed, left = dict[int, bytes](), len(data) - 8 - 4 * len(survivors)
+        for node in _read_numbers(reader):
+            size = int.from_bytes(reader.take(2, "length of a signature"), "little")
+            agreed[node] = bytes(reader.take(size, "signature"))
+            left -= 6 + size
+        sealed = [bytes(reader.take(SEALED_BYTES, "shares")) for _ in range(left // SEALED_BYTES)]
         reader.finish()
-        return cls(survivors, sealed)
+        return cls(survivors, sealed, agreed)
+
+
+def survivors(numbers: Sequence[int]) -> bytes:
+    """Write whose masked values came, ascending: what each of them signs before shares are revealed."""
+    return _numbers(numbers)
+
+
+def survivors_in(data: bytes) -> tuple[int, ...]:
+    """Invert :func:`survivors`."""
+    reader = Reader(data)
+    found = _read_numbers(reader)
+    reader.finish()
+    return found
 
 
 def _numbers(numbers: Sequence[int]) -> bytes:

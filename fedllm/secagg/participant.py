@@ -3,7 +3,9 @@
     keys      draws two key pairs, for sealing and for masking
     shares    draws the seed of its self-mask; shares it and its mask key among its neighbours, sealed
     mask      y_u = x_u + PRG(b_u) + sum_(v > u) PRG(k_uv) - sum_(v < u) PRG(k_uv)   over neighbours
-    unmask    of each neighbour ONE share: of the seed if its values came, of its mask key if they did not
+    agree     signs whose values came, where clients have keys of their own: one set in a session
+    unmask    of each neighbour ONE share: of the seed if its values came, of its mask key if they did not;
+              for the set that it has signed, and once a threshold of those who hold its shares have too
 
 Each step of a session is answered once: the same question again has the same answer, any other is refused. So
 a server never gets both shares of one neighbour, nor two differences under one mask. A session that another
@@ -27,11 +29,19 @@ import numpy.typing as npt
 from fedllm.errors import WireError
 from fedllm.secagg import keys, shamir, words
 from fedllm.secagg.identity import Identity
-from fedllm.secagg.letters import Entry, Masking, Shares, Unmasking, entries
+from fedllm.secagg.letters import (
+    Entry,
+    Masking,
+    Shares,
+    Unmasking,
+    entries,
+    survivors,
+    survivors_in,
+)
 from fedllm.secagg.rules import Group, Rules, purpose
 from fedllm.secagg.words import Words
 
-__all__ = ["NO_SHARE", "Participant", "Vault", "pair_key", "self_key"]
+__all__ = ["NO_SHARE", "Participant", "Vault", "agreement", "pair_key", "self_key"]
 
 NO_SHARE = b"\xff" * shamir.SHARE_BYTES
 """Stands for the share of a neighbour that has sealed none; it is out of a share's range."""
@@ -61,6 +71,8 @@ class _Session:
     own_share: str = ""
     roster: str = ""
     sharers: list[int] = field(default_factory=list)
+    peers: dict[str, str] = field(default_factory=dict)
+    """Public keys that its neighbours have proven, by number."""
     asked: dict[str, str] = field(default_factory=dict)
     """Digest of what was asked, by step that was answered."""
     answers: dict[str, str] = field(default_factory=dict)
@@ -137,7 +149,8 @@ class Participant:
         if len(near) != len(letter.proofs):
             raise WireError(f"{len(letter.proofs)} proofs came for {len(near)} neighbours")
         for each, proof in zip(near, letter.proofs, strict=True):
-            self._identity.check(each, _statement(context, group, each), proof)
+            key = self._identity.check(each, _statement(context, group, each), proof)
+            session.peers[str(each)] = key.hex()
         session.sharers = list(letter.sharers)
         question = letter.write() + bytes([bits]) + hashlib.sha256(values.tobytes()).digest()
         self._once(session, "mask", question, partial(_note_values, session, words.signed(values, bits)))
@@ -151,17 +164,37 @@ class Participant:
                 masked -= words.mask(shared, values.size, bits)
         return words.reduced(masked, bits)
 
+    def agree(self, context: str, survivors: bytes) -> bytes:
+        """Sign whose values came; in this session shares are revealed for no others.
+
+        Args:
+            context: of the session.
+            survivors: as :func:`fedllm.secagg.letters.survivors` writes them.
+
+        Raises:
+            WireError: too few are left, or other survivors were signed already.
+        """
+        session = self._session(context)
+        if "mask" not in session.asked:
+            raise WireError("this client is asked whose values came, and has masked nothing")
+        group = self._group(session)
+        group.require(survivors_in(survivors), self.node, session.sharers)
+        statement = agreement(context, group, survivors)
+        return self._once(session, "agree", survivors, lambda: self._identity.state(statement))
+
     def unmask(self, context: str, letter: Unmasking) -> bytes:
         """Reveal one share of each neighbour that has shared, and of oneself; then forget all secrets.
 
         Raises:
-            WireError: too few are left, or another question was answered already.
+            WireError: too few are left, too few have signed who they are, or another question was answered
+                already.
         """
         session = self._session(context)
         if "mask" not in session.asked:
             raise WireError("this client is asked for shares, and has masked nothing")
 
         def reveal() -> bytes:
+            self._require_agreed(session, letter)
             revealed = self._reveal(session, letter)
             self._require_same_sum(session, letter)
             session.seal = session.mask = session.seed = session.own_share = ""
@@ -205,6 +238,29 @@ class Participant:
         return b"".join(
             found[each][:size] if each in survivors else found[each][size:] for each in sorted(found)
         )
+
+    def _require_agreed(self, session: _Session, letter: Unmasking) -> None:
+        """Reveal nothing unless enough of those who hold this client's shares were shown the same survivors.
+
+        Of two sets at most one finds so many signatures, unless more collude than the threshold allows.
+        """
+        if not self._identity.certified:
+            return
+        written = survivors(letter.survivors)
+        if session.asked.get("agree") != hashlib.sha256(written).hexdigest():
+            raise WireError("this client is asked for shares, and has not signed these survivors")
+        group = self._group(session)
+        statement, near = agreement(session.context, group, written), group.neighbours(self.node)
+        signed = [
+            node
+            for node in set(near) & set(letter.survivors) & letter.agreed.keys()
+            if self._identity.stated(bytes.fromhex(session.peers[str(node)]), statement, letter.agreed[node])
+        ]
+        if 1 + len(signed) < group.threshold(self.node):
+            raise WireError(
+                f"{1 + len(signed)} holders of this client's shares have signed that these clients are left, "
+                f"{group.threshold(self.node)} is the least (privacy.threshold)"
+            )
 
     def _require_same_sum(self, session: _Session, letter: Unmasking) -> None:
         """Open one sum of a round: an update is the same each time, and two sums tell what they differ by."""
@@ -253,6 +309,11 @@ def pair_key(private: bytes, public: bytes, context: str, one: int, other: int) 
 def self_key(seed: bytes, context: str, node: int) -> bytes:
     """Return what a client's own mask is drawn from."""
     return keys.derive(seed, purpose("self", context, node))
+
+
+def agreement(context: str, group: Group, survivors: bytes) -> bytes:
+    """Return what each client signs of whose values came: session, round and everybody's keys are in it."""
+    return purpose("survivors", context) + b"/" + group.digest + hashlib.sha256(survivors).digest()
 
 
 def _seal_key(private: bytes, public: bytes, context: str, sender: int, receiver: int) -> bytes:

@@ -293,7 +293,10 @@ class Engine(Strategy):
         asked = self._opened
         place = f"{self._messages.run}/{number}/{asked.index}"
         declared = self._roster.declared
-        secure = Secure(self.config, self.codecs.up, place, declared, asked.limits.examples)
+        secure = Secure(
+            self.config, self.codecs.up, place, declared, asked.limits.examples,
+            agreed=self._messages.signatures is not None,
+        )  # fmt: skip
 
         def hold(kind: str, nodes: list[int] | None) -> OpenExchange:
             exchange = asked.exchange if kind == asked.exchange.kind else Exchange(kind)

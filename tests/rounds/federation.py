@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from client.node import CONFIG_KEY, FOLDER_KEY
 from fedllm.config import RunConfig
 from fedllm.runs.writer import RunStore
-from server.rounds.conduct import conduct
+from server.rounds.conduct import Transport, conduct
 from simulations.engines.loopback import LoopbackGrid, loopback
 from strategies.base import Method
 from strategies.session import forget_sessions
@@ -94,10 +94,11 @@ def run(
     folder: Path,
     fault: Fault = lambda reply: reply,
     grid_of: type[FaultyGrid] = FaultyGrid,
+    transport: Transport | None = None,
 ) -> dict[str, Any]:
     """Conduct a run, or continue the one in the folder."""
     run_config = {CONFIG_KEY: config.to_json(), FOLDER_KEY: str(folder)}
     with loopback(config.clients, run_config):
         grid = grid_of(config.clients, run_config, None)
         grid.fault = fault  # type: ignore[method-assign,assignment]
-        return conduct(grid, config, folder)
+        return conduct(grid, config, folder, transport=transport)

@@ -3,10 +3,11 @@
     keys       each client draws keys of its own for this session
     shares     each learns the others' and seals shares of its two secrets for its neighbours
     fit        the method's own exchange; values come masked
+    agree      where clients have keys of their own, each that is left signs who is
     unmask     who is left reveals of each client the one share that takes its masks off the sum
 
 Each step asks those who answered the one before. Who is missing at ``keys`` or ``shares`` has no part in the
-sum, who is missing at ``fit`` neither; at ``unmask`` some may be missing, down to the threshold.
+sum, who is missing at ``fit`` neither; after that some may be missing, down to the threshold.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Secure"]
 
-_KEYS, _SHARES, _UNMASK = SESSION
+_KEYS, _SHARES, _AGREE, _UNMASK = SESSION
 
 
 class Secure:
@@ -41,11 +42,20 @@ class Secure:
         place: names run, round and exchange.
         declared: texts that each client has said it has.
         most: texts that one client counts for at most.
+        agreed: whether clients sign who is left, with keys of their own.
     """
 
     def __init__(
-        self, config: RunConfig, codec: FramedCodec, place: str, declared: Mapping[int, int], most: int
+        self,
+        config: RunConfig,
+        codec: FramedCodec,
+        place: str,
+        declared: Mapping[int, int],
+        most: int,
+        *,
+        agreed: bool,
     ) -> None:
+        self._agreed = agreed
         self._config, self._codec, self._most = config, codec, most
         self._declared = declared
         self._rules = Rules.of(config)
@@ -65,7 +75,7 @@ class Secure:
             The exchange in which masked values came; or why their sum stays hidden.
         """
         nodes, masked = None, None
-        for step in (_KEYS, _SHARES, kind, _UNMASK):
+        for step in (_KEYS, _SHARES, kind, *([_AGREE] if self._agreed else []), _UNMASK):
             opened = open_step(step, nodes)
             nodes = sorted(opened.accepted)
             if step not in SESSION:
@@ -90,6 +100,8 @@ class Secure:
         session, told = self._session, b""
         if step == _SHARES:
             told = session.roster()
+        elif step == _AGREE:
+            told = session.agreeing()
         elif step == _UNMASK:
             told = session.unmasking(node)
         elif step != _KEYS:
@@ -99,9 +111,13 @@ class Secure:
     def take(self, step: str, node: int, payload: bytes) -> None:
         """Take in what a client answers to one of the steps around the method's own."""
         session = self._session
-        {_KEYS: session.take_keys, _SHARES: session.take_shares, _UNMASK: session.take_unmasking}[step](
-            node, payload
-        )
+        takes = {
+            _KEYS: session.take_keys,
+            _SHARES: session.take_shares,
+            _AGREE: session.take_agreement,
+            _UNMASK: session.take_unmasking,
+        }
+        takes[step](node, payload)
 
     def take_masked(self, node: int, payload: bytes, count: int, weight: int) -> None:
         """Take in a client's masked values: ``count`` of them, which count for ``weight`` texts."""

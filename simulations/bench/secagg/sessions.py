@@ -61,17 +61,27 @@ def run() -> dict[str, object]:
 
 
 def proof(times: int = 50) -> dict[str, float]:
-    """Measure what devices add to a session: bytes and seconds of a proof of keys, seconds of a check."""
+    """Measure what devices add to a session: bytes and seconds of a proof of keys, and of its check.
+
+    Likewise of the signature under who is left, which peers are shown without the certificate once more.
+    """
     with tempfile.TemporaryDirectory() as folder:
         one, other = map(Certified.read, provision(Path(folder) / "federation", "localhost", 2))
     cost, statement = _Cost(times), bytes(80)
+    survivors = _Cost(times)
     for _ in range(times):
         shown = cost.client(partial(one.prove, statement))
-        cost.server(partial(other.check, 0, statement, shown))
+        key = cost.server(partial(other.check, 0, statement, shown))
+        signature = survivors.client(partial(one.state, statement))
+        if not survivors.server(partial(other.stated, key, statement, signature)):
+            raise AssertionError("a signature is not that of its own key")
     return {
         "bytes": len(shown),
         "prove_seconds": cost.client_seconds / times,
         "check_seconds": cost.server_seconds / times,
+        "survivors_bytes": len(signature),
+        "survivors_sign_seconds": survivors.client_seconds / times,
+        "survivors_check_seconds": survivors.server_seconds / times,
     }
 
 

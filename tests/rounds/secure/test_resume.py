@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +15,8 @@ from client import secure
 from fedllm.errors import RunFailed
 from fedllm.protocol import wire
 from fedllm.runs.reader import Run
-from server.federation.provision import provision
+from server.federation.provision import authority, provision, signer
+from server.rounds.conduct import Transport
 from strategies.session import forget_sessions
 from tests.parts import quick
 from tests.rounds.federation import DeviceGrid, Killed, run
@@ -35,6 +37,15 @@ class Devices(Asking, DeviceGrid):
         context = super().context(node)
         context.node_config["bundle"] = str(self.bundles[node])
         return context
+
+    @classmethod
+    def transport(cls) -> Transport:
+        """Return what the server of a deployment knows: whose each reply is."""
+        folder = cls.bundles[0].parents[1]
+        proven = {1 + node: node for node in range(len(cls.bundles))}
+        return Transport(
+            lambda: (None, None), lambda: proven, lambda most: None, signer(folder), authority(folder)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +71,33 @@ def killing(step: str, seen: list[bytes], *, after: int = 3) -> Callable[[Messag
     return fault
 
 
-@pytest.mark.parametrize("step", quick(["keys", "shares", "fit", "unmask"], "fit"))
-@pytest.mark.parametrize("devices", quick([False, True], True))
+@pytest.mark.parametrize(
+    ("step", "devices"),
+    quick(
+        [*product(["keys", "shares", "fit", "unmask"], [False, True]), ("agree", True)],
+        ("agree", True),
+    ),
+)
 def test_the_same_bits_after_a_kill(
     step: str, devices: bool, bundles: list[Path], tiny_encoder: Path, tiny_texts: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     Devices.bundles = bundles
-    grid = Devices if devices else Asking
+    grid, transport = (Devices, Devices.transport()) if devices else (Asking, None)
     plain = run(config_of(tiny_encoder, tiny_texts), tmp_path / "plain" / "run")
     config, folder = config_of(tiny_encoder, tiny_texts, privacy=SECURE), tmp_path / "run"
     seen: list[bytes] = []
     with pytest.raises(Killed):
-        run(config, folder, killing(step, seen), grid)
+        run(config, folder, killing(step, seen), grid, transport)
     forget_sessions()
     secure._read_identity.cache_clear()
-    assert run(config, folder, killing("", seen), grid)["state_sha256"] == plain["state_sha256"]
+    again = run(config, folder, killing("", seen), grid, transport)
+    assert again["state_sha256"] == plain["state_sha256"]
     assert len(Run(folder).rounds()) == 3
-    if step in ("fit", "unmask"):  # the same update went out twice, under masks that are not the same
+    if step in (
+        "fit",
+        "agree",
+        "unmask",
+    ):  # the same update went out twice, under other masks
         assert len(seen) == 2
         assert seen[0] != seen[1]
 
@@ -103,7 +124,7 @@ def test_a_device_asked_in_the_clear_answers_nothing(
 
     config = config_of(tiny_encoder, tiny_texts, privacy=SECURE, server={"quorum": 3, "retries": 0})
     with pytest.raises(RunFailed, match="0 clients answered in step 'fit'"):
-        run(config, tmp_path / "run", note, Bare)
+        run(config, tmp_path / "run", note, Bare, Devices.transport())
     assert sum("outside of a session of secure aggregation" in answer for answer in answers) == 6
 
 
