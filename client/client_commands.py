@@ -53,6 +53,14 @@ def client(
     secure_only: Annotated[
         bool, typer.Option("--secure-only", help="Refuse runs without secure aggregation.")
     ] = False,
+    peers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificates (node.pem, one after the other) of those with whom this device sits in a "
+            "secure sum; it takes part in no other runs.",
+            metavar="FILE",
+        ),
+    ] = None,
     accelerator: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -76,6 +84,7 @@ def client(
         pause_on_metered=pause_on_metered,
         insecure=insecure,
         secure_only=secure_only,
+        peers=peers,
     )
     if check:
         _check(here, run, as_json)
@@ -95,7 +104,7 @@ def client(
 
 def _check(here: participation.Device, run: str | None, as_json: bool) -> None:
     """Say what is ready and what is not; raises ``ConfigError`` where something is not."""
-    from client.device.checks import check
+    from client.device.checks import check, check_peers
     from client.device.trial import try_run
 
     found = check(
@@ -109,6 +118,8 @@ def _check(here: participation.Device, run: str | None, as_json: bool) -> None:
     )
     if (vain := here.pauses_in_vain()) is not None:
         found.append(vain)
+    if here.peers is not None:
+        found.append(check_peers(here.bundle, here.peers, insecure=here.insecure))
     if run is not None:
         found += try_run(run, here.bundle.node, here.data, here.memory)
     bad = [finding for finding in found if not finding.good]

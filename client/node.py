@@ -31,6 +31,7 @@ class NodeContext:
         memory: bytes that the worker may take; 0 leaves it to the machine.
         bundle: folder of a device's keys; empty where it has none, as in a simulation.
         secure_only: whether a device answers only where its update is masked.
+        peers: file of those with whom a device sits in a sum; empty where it takes all of its federation.
     """
 
     node: int
@@ -43,6 +44,7 @@ class NodeContext:
     memory: int = 0
     bundle: str = ""
     secure_only: bool = False
+    peers: str = ""
 
     @property
     def on_device(self) -> bool:
@@ -61,8 +63,9 @@ class NodeContext:
             memory = int(context.node_config.get("memory", 0))
             bundle = str(context.node_config.get("bundle", ""))
             secure_only = bool(context.node_config.get("secure-only", False))
+            peers = str(context.node_config.get("peers", ""))
             return cls(
-                node, data, str(state), str(state), True, keep_runs, limit, memory, bundle, secure_only
+                node, data, str(state), str(state), True, keep_runs, limit, memory, bundle, secure_only, peers
             )
         clients = Path(str(context.run_config[FOLDER_KEY])) / "clients"
         return cls(node, "", str(clients / str(node)), str(clients), keep_replies=False)

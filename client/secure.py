@@ -14,6 +14,7 @@ from flwr.app import RecordDict
 
 from client.node import NodeContext
 from client.secret import Secret
+from fedllm.certificates import peers_in
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, WireError
 from fedllm.protocol import wire
@@ -57,9 +58,10 @@ def require_masked(config: RunConfig, place: NodeContext) -> None:
     """
     if config.privacy.secure_aggregation:
         _identity(place)
-    elif place.secure_only:
+    elif place.secure_only or place.peers:
+        option = "--peers" if place.peers else "--secure-only"
         raise ConfigError(
-            "this device was started with --secure-only, and the run has no privacy.secure_aggregation = true"
+            f"this device was started with {option}, and the run has no privacy.secure_aggregation = true"
         )
 
 
@@ -122,7 +124,9 @@ def _identity(place: NodeContext) -> Identity:
             "privacy.secure_aggregation = true needs nodes whose keys the server cannot make, and this one "
             "was started with --insecure"
         )
-    return _read_identity(Path(place.bundle))
+    own = _read_identity(Path(place.bundle))
+    # Read each time: whoever was struck off the list is no peer from then on.
+    return replace(own, peers=peers_in(Path(place.peers), own.authority)) if place.peers else own
 
 
 @lru_cache(maxsize=1)

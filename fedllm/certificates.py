@@ -25,6 +25,7 @@ __all__ = [
     "MOST_SIGNATURE",
     "Holder",
     "key_in",
+    "peers_in",
     "point",
     "reply_statement",
     "require_signed",
@@ -111,6 +112,43 @@ def key_in(shown: bytes, authority: x509.Certificate, node: int) -> ec.EllipticC
     if certificate.subject != subject(node) or not isinstance(key, ec.EllipticCurvePublicKey):
         raise WireError("its certificate is of somebody else")
     return key
+
+
+def peers_in(path: Path, authority: x509.Certificate) -> dict[int, bytes]:
+    """Read a roster: certificates of nodes, as in their bundles, one after the other in one file.
+
+    Args:
+        path: of the file, PEM.
+        authority: which must have made all of them.
+
+    Returns:
+        The point of each node's public key, by its number.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    found: dict[int, bytes] = {}
+    try:
+        for certificate in x509.load_pem_x509_certificates(path.read_bytes()):
+            node = _number(certificate)
+            found[node] = point(key_in(certificate.public_bytes(Encoding.DER), authority, node))
+    except OSError as error:
+        raise ConfigError(f"--peers {path} cannot be read: {error.strerror}") from error
+    except (ValueError, WireError) as error:
+        raise ConfigError(
+            f"--peers {path} is no list of certificates of this federation's nodes ({error}); put their "
+            f"{CERTIFICATE} into it, one after the other"
+        ) from error
+    return found
+
+
+def _number(certificate: x509.Certificate) -> int:
+    """Return the number of the node that a certificate names; raises ``ValueError`` where it names none."""
+    name = certificate.subject.rfc4514_string()
+    number = name.removeprefix("CN=fedllm node ")
+    if not number.isdecimal() or certificate.subject != subject(int(number)):
+        raise ValueError(f"{name} is no node")
+    return int(number)
 
 
 def require_signed(key: ec.EllipticCurvePublicKey, statement: bytes, signature: bytes) -> None:

@@ -24,9 +24,11 @@ from fedllm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
-__all__ = ["Finding", "check", "check_here", "check_network", "check_texts"]
+__all__ = ["Finding", "check", "check_here", "check_network", "check_peers", "check_texts"]
 
 TIMEOUT_SECONDS = 10.0
+LEAST_PEERS = 2
+"""Others in a secure sum at least."""
 LEAST_DISK = 1 << 30
 LEAST_MEMORY = 1 << 30
 MOST_AHEAD, MOST_BEHIND = 5.0, 300.0
@@ -76,6 +78,27 @@ def check(
 def check_here(bundle: Bundle, state: Path, memory: int | None) -> list[Finding]:
     """Test the key's file, disk and memory: what can be tested at once and alone."""
     return [_key_file(bundle), _disk(state), _memory(memory)]
+
+
+def check_peers(bundle: Bundle, peers: Path | None, *, insecure: bool = False) -> Finding:
+    """Test the list of those with whom a device sits in a sum; None is good as well, and takes everybody."""
+    if peers is None:
+        return Finding("peers", True, "whoever has a certificate of the federation")
+    if insecure:
+        return Finding(
+            "peers", False, "--peers knows nodes by their keys, and --insecure leaves them without"
+        )
+    from fedllm.certificates import Holder, peers_in
+
+    try:
+        nodes = sorted(peers_in(peers, Holder.read(bundle.folder).authority))
+    except ConfigError as error:
+        return Finding("peers", False, str(error))
+    others = [node for node in nodes if node != bundle.node]
+    if len(others) < LEAST_PEERS:
+        few = f"--peers {peers} names {len(others)} others, and a secure sum takes {LEAST_PEERS} at least"
+        return Finding("peers", False, few)
+    return Finding("peers", True, f"sums with nodes {', '.join(map(str, others))} alone")
 
 
 def check_network(bundle: Bundle, *, insecure: bool = False) -> Iterator[Finding]:

@@ -61,6 +61,7 @@ class Device:
         pause_on_metered: take no part while NetworkManager calls the link metered.
         insecure: no TLS and no key, as the server was started.
         secure_only: take no part in a run in which the server would see this device's update by itself.
+        peers: file with certificates of those with whom it sits in a sum; None takes all of its federation.
         apps: installed Flower apps that it runs, as ``module:attribute``.
     """
 
@@ -77,6 +78,7 @@ class Device:
     pause_on_metered: bool = False
     insecure: bool = False
     secure_only: bool = False
+    peers: Path | None = None
     apps: tuple[str, ...] = (APP,)
 
     @property

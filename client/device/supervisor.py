@@ -26,7 +26,7 @@ import psutil
 import tomli_w
 
 from client.device.bundle import Bundle
-from client.device.checks import check_here
+from client.device.checks import check_here, check_peers
 from client.device.collection import collect
 from client.device.participation import Device
 from client.device.screen import Progress
@@ -81,6 +81,8 @@ def join(
         raise ConfigError(f"--data {device.data} does not exist")
     if (vain := device.pauses_in_vain()) is not None:
         raise ConfigError(vain.sentence)
+    if not (peers := check_peers(device.bundle, device.peers, insecure=device.insecure)).good:
+        raise ConfigError(peers.sentence)
     with contextlib.ExitStack() as stack:
         with disk_errors(device.state):
             _make_private(device.state)
@@ -116,6 +118,8 @@ def _introduction(device: Device) -> Iterator[str]:
         "as much memory as it takes" if device.memory is None else f"{device.memory / 1e9:.1f} GB at most"
     )
     computes = "" if device.threads is None else f", {device.threads} threads"
+    if device.peers is not None:
+        yield f"peers: {check_peers(bundle, device.peers).sentence}"
     yield f"worker: {allowed}{computes}; state: {device.state.resolve()}"
     if device.pause_on_battery and psutil.sensors_battery() is None:
         yield "pause: no battery is seen on this device, so --pause-on-battery never pauses it"
@@ -258,6 +262,8 @@ def _prepare(device: Device, worker_socket: Path, log: logging.Logger) -> _Proce
     }
     if not device.insecure:
         facts["bundle"] = str(device.bundle.folder)
+    if device.peers is not None:
+        facts["peers"] = str(device.peers.resolve())
     if device.memory is not None:
         facts["memory"] = device.memory
     if device.data is not None:

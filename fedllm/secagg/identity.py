@@ -7,8 +7,9 @@ does not hold the authority's key cannot put itself in a node's place.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,8 +26,10 @@ _CONTEXT = b"fedllm secagg keys 1\0"
 class Identity(Protocol):
     """A node's own key, and what it takes to check its peers'."""
 
-    certified: bool
-    """Whether it has a key, and peers that have some."""
+    @property
+    def certified(self) -> bool:
+        """Whether it has a key, and peers that have some."""
+        ...
 
     def prove(self, statement: bytes) -> bytes:
         """Return a proof that this node states something: a signature, and whose it is."""
@@ -34,6 +37,10 @@ class Identity(Protocol):
 
     def check(self, node: int, statement: bytes, proof: bytes) -> bytes:
         """Return that node's public key; raise ``WireError`` unless it states it."""
+        ...
+
+    def admit(self, nodes: Iterable[int]) -> None:
+        """Raise ``WireError`` unless this node takes these for peers."""
         ...
 
     def state(self, statement: bytes) -> bytes:
@@ -58,6 +65,9 @@ class Unproven:
         """Believe it."""
         return b""
 
+    def admit(self, nodes: Iterable[int]) -> None:
+        """Take whoever comes."""
+
     def state(self, statement: bytes) -> bytes:
         """Return nothing."""
         return b""
@@ -69,9 +79,15 @@ class Unproven:
 
 @dataclass(frozen=True)
 class Certified(Holder):
-    """A node of a federation; read from its bundle."""
+    """A node of a federation; read from its bundle.
 
-    certified = True
+    Attributes:
+        peers: points of the public keys of those that it takes for peers, by number; None takes all whom the
+            authority has certified.
+    """
+
+    peers: Mapping[int, bytes] | None = None
+    certified: ClassVar[bool] = True
 
     def prove(self, statement: bytes) -> bytes:
         """Sign, and show the certificate."""
@@ -90,7 +106,18 @@ class Certified(Holder):
             raise WireError(
                 f"the keys shown under the number of client {node} are not proven to be its own: {error}"
             ) from error
+        if self.peers is not None and self.peers.get(node) != point(key):
+            raise WireError(f"client {node} shows another certificate than the one of it in --peers")
         return point(key)
+
+    def admit(self, nodes: Iterable[int]) -> None:
+        """Take those of the roster, where there is one."""
+        strangers = [] if self.peers is None else sorted(set(nodes) - self.peers.keys())
+        if strangers:
+            raise WireError(
+                f"this device sits in a sum with those in its --peers alone, and client {strangers[0]} is "
+                "none of them"
+            )
 
     def state(self, statement: bytes) -> bytes:
         """Sign."""

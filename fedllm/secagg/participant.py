@@ -206,6 +206,7 @@ class Participant:
         members = entries(roster)
         if self.node not in members or members[self.node].write().hex() != session.public:
             raise WireError("a list of keys does not hold this client's own")
+        self._identity.admit(members.keys() - {self.node})
         group = self.rules.group(members)
         near, threshold = group.neighbours(self.node), group.threshold(self.node)
         seed = secrets.token_bytes(shamir.SECRET_BYTES)
