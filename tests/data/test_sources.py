@@ -154,7 +154,7 @@ def test_entities_are_all_that_looks_like_one(every: list[bbc.Article]) -> None:
 def test_entities_of_some_sections(every: list[bbc.Article], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bbc, "articles", lambda: every)
     wanted = Counter(article.topic for article in every if article.topic in ("tech", "sports"))
-    assert Counter(row.columns["section"] for row in read("bbc-entities:tech, sports")) == wanted
+    assert Counter(row.columns["section"] for row in read("bbc-entities:tech+sports")) == wanted
 
 
 def test_of_entities_that_overlap_the_first_kind_counts() -> None:
@@ -312,7 +312,7 @@ def test_reasoning_families_have_their_own_answers_and_no_question_twice(
     ("name", "words"),
     [
         ("bbc-pairs:3", ["'bbc-pairs:3'", "leave it out"]),
-        ("bbc-entities:tech, art", ["'art' is none of the sections business, ", "sports, tech"]),
+        ("bbc-entities:tech + art", ["'art' is none of the sections business, ", "sports, tech"]),
         ("chitchat:", ["'chitchat:'", "nothing stands behind the colon"]),
         ("chitchat:4(turns=3)", ["'chitchat:4(turns=3)'", "turns is an even number from 2 on"]),
         ("chitchat:4(turns=0)", ["turns is an even number from 2 on"]),

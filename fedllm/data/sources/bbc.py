@@ -217,7 +217,7 @@ def _entities(argument: str) -> Iterator[Columns]:
     """Return rows of the sections that are named, of all where none is."""
     every = articles()
     sections = sorted({article.topic for article in every})
-    chosen = [name.strip() for name in argument.split(",")] if argument else sections
+    chosen = [name.strip() for name in argument.split("+")] if argument else sections
     for name in chosen:
         if name not in sections:
             raise DataError(
