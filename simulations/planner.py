@@ -30,7 +30,7 @@ from fedllm.secagg.letters import SEALED_BYTES
 from fedllm.secagg.ring import Ring
 from fedllm.secagg.shamir import SHARE_BYTES
 from fedllm.tasks.base import PerToken
-from fedllm.tensors import Spec, dense_bytes
+from fedllm.tensors import Spec, dense_bytes, spec_of
 from fedllm.wording import human_bytes
 from server.rounds.timing.work import per_token
 from simulations.shapes import peak_bytes, without_weights
@@ -50,6 +50,9 @@ HEADERS = 400
 _TEXTS_OF_A_CLIENT = 1_000
 _SAMPLE = 1 << 20
 """Values of an update that a codec is tried on."""
+
+_FIT = Exchange("fit", {"train": "B"})
+"""Of a round; where factors take turns (rule alternate) B goes first, and what it takes stands for both."""
 
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"method": "fedavg", "tuning.peft": "full", "tuning.targets": [], "training.memory": "plain"},
@@ -226,7 +229,7 @@ def estimate(way: str, config: RunConfig, limits: Limits) -> Estimate:
     tokens = batch.input_ids.numel()
     costs = [per_token(module, recomputes=training.recomputes) for module in modules]
     forward, backward = (tokens * sum(column) for column in zip(*costs, strict=True))
-    up, down = _bytes(config, method, tensors)
+    up, down = _bytes(config, method, tensors, _base(model))
     if exact:
         kept = (8 if training.optimizer == "adamw" else 0) * sum(p.numel() for p in trained)
         operations, steps = forward + backward, training.local_steps
@@ -279,16 +282,24 @@ def _side_by_side(config: RunConfig) -> float:
     return (1 + side) / 2
 
 
-def _bytes(config: RunConfig, method: Method, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
+def _base(model: Model) -> Spec:
+    """Return what rules stack and residual add to the base, which every client is sent."""
+    there = model.module.named_buffers()
+    return spec_of({name: one for name, one in there if name.endswith((".base_A", ".base_B"))})
+
+
+def _bytes(
+    config: RunConfig, method: Method, tensors: dict[str, torch.Tensor], base: Spec
+) -> tuple[int, int]:
     """Return what a client sends and gets in a round."""
     codecs: Codecs = open_codecs(config)
-    spec = method.spec(Exchange("fit"), tensors)
+    spec = method.spec(_FIT, tensors)
     up = _coded(codecs.up, spec) + HEADERS
     more = 0
     if config.privacy.secure_aggregation:
         up, more = _secure(config, codecs.up, spec)
     if not method.replays:
-        return up, _coded(codecs.down, spec) + HEADERS + more
+        return up, _coded(codecs.down, {**method.updates(tensors), **base}) + HEADERS + more
     slopes = np.zeros(sum(one.shape[0] for one in spec.values()), dtype=np.float32)
     nodes = range(config.answers)
     record = pack_cohort(Cohort(1, dict.fromkeys(nodes, slopes), dict.fromkeys(nodes, 1)))

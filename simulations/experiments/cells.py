@@ -21,10 +21,13 @@ from simulations.experiment import as_baseline, require_no_seed
 from simulations.experiments.definition import Cell, Experiment, Variant
 from strategies.registry import resolve_run
 
-__all__ = ["CellRun", "forecast", "lay_out", "overrides", "selected", "unfinished"]
+__all__ = ["CellRun", "Reckon", "forecast", "lay_out", "overrides", "selected", "unfinished"]
 
 _START = 5.0
 """Seconds that a run takes before it computes, and after."""
+
+
+Reckon = Callable[[RunConfig], Cost]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def lay_out(
     variant: Variant | None = None,
     seeds: Sequence[int] = (),
     extra: Sequence[str] = (),
+    reckon: Reckon | None = None,
 ) -> list[CellRun]:
     """Return the runs of an experiment, seed by seed, so that what was interrupted can be compared in pairs.
 
@@ -80,6 +84,7 @@ def lay_out(
         variant: what is changed of all cells, and maybe the seeds.
         seeds: instead of all that the experiment says.
         extra: further ``key=value``, of every cell.
+        reckon: what a run costs whose cell does not say it.
 
     Raises:
         ConfigError: names the cell whose settings are wrong, or two cells that are the same.
@@ -92,7 +97,7 @@ def lay_out(
         for seed in sorted({seed for own in asked.values() for seed in own})
         for name, own in asked.items()
         if seed in own
-        for run in _runs(experiment, name, seed, out / "cells", variant, extra)
+        for run in _runs(experiment, name, seed, out / "cells", variant, extra, reckon)
     ]
     same: dict[str, str] = {}
     for run in found:
@@ -104,7 +109,13 @@ def lay_out(
 
 
 def _runs(
-    experiment: Experiment, name: str, seed: int, out: Path, variant: Variant | None, extra: Sequence[str]
+    experiment: Experiment,
+    name: str,
+    seed: int,
+    out: Path,
+    variant: Variant | None,
+    extra: Sequence[str],
+    reckon: Reckon | None,
 ) -> list[CellRun]:
     cell = experiment.cells[name]
     usual: list[Override] = [*overrides(experiment.base.set), *overrides(cell.set)]
@@ -117,11 +128,16 @@ def _runs(
         whole = [(part, one.placed(deployed=False)) for part, one in as_baseline(config, cell.baseline)]
     except ConfigError as error:
         raise ConfigError(f"cells.{name}: {error}") from error
-    seconds = _START + 60 * cell.minutes * share / len(whole)
     # A baseline of one run is called after its cell alone.
     labels = [f"{name}-seed{seed}" + (f"-{part}" if len(whole) > 1 else "") for part, _ in whole]
+
+    def cost(config: RunConfig) -> Cost:
+        if reckon is not None and cell.minutes is None:
+            return reckon(config)
+        return _measured(experiment, cell, share / len(whole))
+
     return [
-        CellRun(name, label, config, out / f"{label}-{_digest(config)}", _cost(experiment, cell, seconds))
+        CellRun(name, label, config, out / f"{label}-{_digest(config)}", cost(config))
         for label, (_, config) in zip(labels, whole, strict=True)
     ]
 
@@ -130,9 +146,10 @@ def _digest(config: RunConfig) -> str:
     return hashlib.blake2b(config.to_json().encode(), digest_size=4).hexdigest()
 
 
-def _cost(experiment: Experiment, cell: Cell, seconds: float) -> Cost:
+def _measured(experiment: Experiment, cell: Cell, share: float) -> Cost:
+    """Return what a share of a cell's work takes, as its file says; nothing where it says nothing."""
     memory, disk = cell.memory_gb or experiment.base.memory_gb, cell.disk_mb or experiment.base.disk_mb
-    return Cost(seconds, 1e9 * memory, 1e6 * disk)
+    return Cost(_START + 60 * (cell.minutes or 0.0) * share, 1e9 * (memory or 0.0), 1e6 * (disk or 0.0))
 
 
 def selected(runs: Sequence[CellRun], patterns: Sequence[str]) -> list[CellRun]:

@@ -13,9 +13,24 @@ from fedllm.config.mistakes import explain
 from fedllm.errors import ConfigError
 from fedllm.wording import suggest
 
-__all__ = ["Cell", "Claim", "Difference", "Experiment", "Variant", "names", "read"]
+__all__ = [
+    "Architecture",
+    "Cell",
+    "Claim",
+    "Difference",
+    "Experiment",
+    "Hardware",
+    "Variant",
+    "names",
+    "read",
+]
 
-_FOLDER = Path(__file__).parent
+Scale = Literal["cpu", "paper"]
+"""What fits an hour of two cores, or the papers' own models, texts and numbers of clients."""
+
+_FOLDERS = {
+    scale: Path(__file__).with_name(folder) for scale, folder in (("cpu", "comparisons"), ("paper", "paper"))
+}
 
 Settings = dict[str, Any]
 """Sections and keys, as a configuration has them."""
@@ -28,9 +43,9 @@ class Base(Section):
     """Of a cell that names none."""
     set: Settings = Field(default_factory=dict)
     """Of every cell, before its own."""
-    memory_gb: float = Field(gt=0)
-    """Peak of a run's memory, unless its cell says another."""
-    disk_mb: float = Field(gt=0)
+    memory_gb: float | None = Field(None, gt=0)
+    """Peak of a run's memory, unless its cell says another; left out where ``hardware`` computes."""
+    disk_mb: float | None = Field(None, gt=0)
     """Size of a run's folder, unless its cell says another."""
 
 
@@ -47,8 +62,8 @@ class Cell(Section):
     """No federation on the same split: every client for itself, or all texts in one place."""
     seeds: tuple[int, ...] | None = None
     """Instead of the experiment's."""
-    minutes: float = Field(gt=0)
-    """What one seed takes on one core."""
+    minutes: float | None = Field(None, gt=0)
+    """What one seed takes on one core; left out where ``hardware`` says what computes."""
     memory_gb: float | None = Field(None, gt=0)
     """Instead of the base's."""
     disk_mb: float | None = Field(None, gt=0)
@@ -90,6 +105,30 @@ class Variant(Section):
     """Instead of the experiment's and of every cell's."""
 
 
+class Architecture(Section):
+    """The shapes of a model on the hub, so that what it needs is known without a download."""
+
+    kind: str
+    """transformers' ``model_type``."""
+    million: float = Field(gt=0)
+    """Parameters of the model without a head, as a check of ``sizes``."""
+    sizes: Settings = Field(default_factory=dict)
+    """What differs from the configuration that transformers has for the kind."""
+
+
+class Hardware(Section):
+    """What computes at a paper's scale: one accelerator, on which clients train in turn."""
+
+    name: str
+    """As its maker calls it."""
+    tflops: float = Field(gt=0)
+    """Peak, 10^12 operations a second in the base's precision."""
+    efficiency: float = Field(gt=0, le=1)
+    """Share of it that training gets."""
+    memory_gb: float = Field(gt=0)
+    """Of its own."""
+
+
 class Experiment(Section):
     """One file."""
 
@@ -103,16 +142,22 @@ class Experiment(Section):
     """Of every cell that says no other."""
     base: Base
     """What all cells begin from."""
+    columns: tuple[str, ...] = ()
+    """Measures that the table of cells shows beside the usual ones."""
     cells: dict[str, Cell] = Field(min_length=1)
     """By name, in the order of tables and figures."""
+    spectra: tuple[str, ...] = ()
+    """Cells whose rounds' updates are drawn by their singular values; their runs keep all checkpoints."""
     differences: tuple[Difference, ...] = ()
     """To be paired by seed."""
     claims: tuple[Claim, ...] = ()
     """To be judged."""
-    quick: Variant
+    quick: Variant | None = None
     """``--quick``: minutes, not judged."""
-    paper_scale: Variant | None = None
-    """``--scale paper``; left out where there is none."""
+    models: dict[str, Architecture] = Field(default_factory=dict)
+    """By name on the hub, of every model that cells take from there."""
+    hardware: Hardware | None = None
+    """What cells without ``minutes`` are reckoned for."""
 
     @field_validator("cells")
     @classmethod
@@ -130,11 +175,16 @@ class Experiment(Section):
         Raises:
             ConfigError: names the key.
         """
-        seeds = {"seeds": self.seeds, "quick.seeds": self.quick.seeds}
+        seeds = {"seeds": self.seeds, "quick.seeds": self.quick.seeds if self.quick else None}
         seeds |= {f"cells.{name}.seeds": cell.seeds for name, cell in self.cells.items()}
         for key, given in seeds.items():
             if given is not None and (not given or len(set(given)) < len(given) or min(given) < 0):
                 raise ConfigError(f"{key} = {list(given)} must hold numbers from 0 on, each once")
+        if self.hardware is None:
+            self._require_measured()
+        for place, cell in enumerate(self.spectra):
+            if cell not in self.cells:
+                raise ConfigError(f"spectra.{place} = {cell!r} is no cell{suggest(cell, self.cells)}")
         for part in ("differences", "claims"):
             for place, one in enumerate(getattr(self, part)):
                 for side in ("of", "against"):
@@ -147,25 +197,39 @@ class Experiment(Section):
                 raise ConfigError(f"claims.{place} takes either at_least or not_comparable")
         return self
 
+    def _require_measured(self) -> None:
+        for name, cell in self.cells.items():
+            missing = [
+                key for key in ("memory_gb", "disk_mb") if not (getattr(cell, key) or getattr(self.base, key))
+            ]
+            if cell.minutes is None or missing:
+                raise ConfigError(
+                    f"cells.{name} lacks {' and '.join([*([] if cell.minutes else ['minutes']), *missing])}, "
+                    "and there is no hardware to reckon it for"
+                )
 
-def names() -> list[str]:
+
+def names(scale: Scale = "cpu") -> list[str]:
     """Return the names of the experiments that come with the package.
 
-    >>> names()
+    >>> names("paper")
     ['fedkd', 'fwdllm', 'lora']
     """
-    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+    return sorted(path.stem for path in _FOLDERS[scale].glob("*.toml"))
 
 
-def read(source: str) -> Experiment:
+def read(source: str, scale: Scale = "cpu") -> Experiment:
     """Read an experiment by its name, or from a TOML file.
 
     Raises:
         ConfigError: there is none; or names the file, the key, and what would be right.
     """
-    path = Path(source) if source.endswith(".toml") else _FOLDER / f"{source}.toml"
-    if path.parent == _FOLDER and path.stem not in names():
-        raise ConfigError(f"there is no experiment {source!r}{suggest(source, names())}, or a TOML file")
+    path = Path(source) if source.endswith(".toml") else _FOLDERS[scale] / f"{source}.toml"
+    if path.parent == _FOLDERS[scale] and path.stem not in names(scale):
+        at = "" if scale == "cpu" else " at --scale paper"
+        raise ConfigError(
+            f"there is no experiment {source!r}{at}{suggest(source, names(scale))}, or a TOML file"
+        )
     document = read_toml(path)
     try:
         return Experiment.model_validate(document).require_cells()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from simulations.experiments.cells import CellRun
-    from simulations.experiments.definition import Experiment, Variant
+    from simulations.experiments.definition import Experiment
 
 __all__ = ["app"]
 
@@ -38,13 +38,16 @@ def reproduce(
         bool, typer.Option("--list", help="List the runs with what they cost, and stop.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs side by side, a process each; default one per core.")
+        int | None,
+        typer.Option(
+            min=1, help="Runs side by side, a process each; default one per core, or one at --scale paper."
+        ),
     ] = None,
     threads: Annotated[
         int, typer.Option(min=1, help="Torch threads of each, on which a run's last bits depend.")
     ] = 1,
     scale: Annotated[
-        str, typer.Option(help="cpu: bundled model and texts. paper: of the paper's kind, for a GPU.")
+        str, typer.Option(help="cpu: bundled model and texts. paper: the papers' own, for an accelerator.")
     ] = "cpu",
     seeds: Annotated[str | None, typer.Option(help="Instead of the file's seeds, e.g. 0..4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce-NAME.")] = None,
@@ -59,6 +62,7 @@ def reproduce(
     from simulations.experiments import cells
     from simulations.experiments.definition import read
     from simulations.experiments.findings import findings
+    from simulations.experiments.paper_scale import reckoned
     from simulations.experiments.report import markdown, tables, write
     from simulations.experiments.runner import run_all
 
@@ -67,20 +71,29 @@ def reproduce(
             raise ConfigError("which experiment? fedllm reproduce lists those there are")
         _overview(as_json)
         return
-    asked = read(experiment)
-    variant = _variant(asked, scale, quick)
-    folder = out or Path("runs") / f"reproduce-{Path(experiment).stem}{'-quick' if quick else ''}"
+    asked = read(experiment, _scale(scale))
+    if quick and asked.quick is None:
+        raise ConfigError("this experiment has no [quick]: leave --quick out")
+    variant = asked.quick if quick else None
+    at = "" if scale == "cpu" else f"-{scale}"
+    folder = out or Path("runs") / f"reproduce-{Path(experiment).stem}{at}{'-quick' if quick else ''}"
     chosen = parse_seeds(seeds) if seeds else ()
-    everything = cells.lay_out(asked, folder, variant=variant, seeds=chosen, extra=overrides or [])
+    reckon = reckoned(asked) if asked.hardware else None
+    everything = cells.lay_out(
+        asked, folder, variant=variant, seeds=chosen, extra=overrides or [], reckon=reckon
+    )
     runs = cells.selected(everything, only or [])
+    if asked.hardware and not as_json:
+        _needed(asked, runs)
     if listed:
         _list(asked, runs, as_json)
         return
     require("matplotlib", "the report of an experiment")
     require("scipy", "the comparison of several runs")
     left = cells.unfinished(runs, console.print)
-    workers = min(jobs or os.cpu_count() or 1, max(1, len(left)))
-    if left:
+    usual = 1 if asked.hardware else os.cpu_count() or 1
+    workers = min(jobs or usual, max(1, len(left)))
+    if left and asked.hardware is None:
         for sentence in sentences(cells.forecast(left, workers), folder, workers):
             console.print(sentence)
     try:
@@ -113,16 +126,32 @@ def reproduce(
         )
 
 
-def _variant(experiment: Experiment, scale: str, quick: bool) -> Variant | None:
-    if scale not in ("cpu", "paper"):
-        raise ConfigError(f"--scale is cpu or paper, not {scale!r}")
-    if scale == "cpu":
-        return experiment.quick if quick else None
-    if quick:
-        raise ConfigError("--quick is for --scale cpu: leave one of the two out")
-    if experiment.paper_scale is None:
-        raise ConfigError("this experiment has no [paper_scale]: leave --scale paper out")
-    return experiment.paper_scale
+def _scale(text: str) -> Literal["cpu", "paper"]:
+    match text:
+        case "cpu" | "paper":
+            return text
+    raise ConfigError(f"--scale is cpu or paper, not {text!r}")
+
+
+def _needed(experiment: Experiment, runs: Sequence[CellRun]) -> None:
+    """Print what a run of each cell needs on the experiment's hardware."""
+    from rich.table import Table
+
+    from fedllm.wording import human_bytes, human_seconds
+    from simulations.experiments.paper_scale import needs
+
+    hardware = experiment.hardware
+    assert hardware is not None  # who calls this saw to that
+    need = needs(experiment)
+    table = Table("cell", "model", "accelerator memory", "computing", "would move")
+    for cell, run in {run.cell: run for run in runs}.items():
+        one = need(run.config)
+        over = "" if one.memory <= 1e9 * hardware.memory_gb else " (too much)"
+        memory, time = human_bytes(one.memory) + over, human_seconds(round(one.seconds))
+        table.add_row(cell, run.config.model.name, memory, time, human_bytes(one.moved))
+    results.print(table)
+    rate = f"{hardware.tflops:g} Tflop/s at {100 * hardware.efficiency:g} %, {hardware.memory_gb:g} GB"
+    console.print(f"one run of each, without evaluation, reckoned for a {hardware.name}: {rate}")
 
 
 def _overview(as_json: bool) -> None:
@@ -169,5 +198,6 @@ def _list(experiment: Experiment, runs: Sequence[CellRun], as_json: bool) -> Non
         table.add_row(run.label, told, about, memory, human_bytes(run.cost.disk), run.status)
     results.print(table)
     console.print(
-        f"{len(runs)} runs, about {human_seconds(round(sum(r.cost.seconds for r in runs)))} of one core"
+        f"{len(runs)} runs, about {human_seconds(round(sum(r.cost.seconds for r in runs)))} of one "
+        + (experiment.hardware.name if experiment.hardware else "core")
     )

@@ -13,16 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedllm.measures import measure
+from fedllm.runs.records import RoundRecord
+from fedllm.runs.summary import simulated_seconds
 from simulations.experiments.findings import said, shown, title
-from simulations.results.plots import PALETTE, scale_bytes, styled
+from simulations.results.plots import PALETTE, Against, repeated, scale_bytes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["differences", "figures", "means", "tradeoff"]
+__all__ = ["Runs", "courses", "differences", "figures", "means", "tradeoff"]
+
+Runs = list[tuple[int, Sequence[RoundRecord]]]
+"""Seed and rounds of each run."""
 
 _WIDTH, _ROW = 6.4, 0.34
+_POINTS = 4
+"""Rounds with a score from which on a course is drawn."""
 _NAME = 34
 """Characters of a line of a row's name."""
 
@@ -47,6 +54,35 @@ def figures(found: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
         caption = f"Differences in test {name}, paired by seed; bars: 95 % interval, from three seeds on"
         drawn["differences"] = (caption, differences(pairs, titles, metric))
     return drawn
+
+
+def courses(groups: Mapping[str, Runs], metric: str) -> dict[str, tuple[str, Figure]]:
+    """Return figures of how cells came to where they ended: by rounds, passes, bytes, and simulated time.
+
+    Args:
+        groups: seed and rounds of the runs of each cell.
+        metric: that is drawn; cells that measured it in fewer than four rounds are left out.
+    """
+    shown = {
+        title: runs
+        for title, runs in groups.items()
+        if min(sum(metric in one.metrics for one in rounds) for _, rounds in runs) >= _POINTS
+    }
+    if not shown:
+        return {}
+    against: list[Against] = ["round", "passes", "bytes"]
+    if all(simulated_seconds(rounds) is not None for runs in shown.values() for _, rounds in runs):
+        against.append("simulated")
+    name = measure(metric).title
+    told = {"round": "after each round", "passes": "by clients' passes", "bytes": "by bytes sent"}
+    return {
+        f"{metric}-by-{axis}": (
+            f"Test {name} {told.get(axis, 'on the clock of simulated devices')}; "
+            "mean over seeds, from three on with its 95 % interval",
+            repeated(shown, metric, axis),
+        )
+        for axis in against
+    }
 
 
 def _canvas(rows: float) -> tuple[Figure, Axes]:

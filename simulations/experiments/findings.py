@@ -45,9 +45,11 @@ def title(name: str) -> str:
     """Return what a measure is called, with its unit.
 
     >>> title("metrics.accuracy"), title("bytes.up"), title("clients.teacher_accuracy")
-    ('accuracy', 'bytes up', 'clients.teacher_accuracy')
+    ('accuracy', 'bytes up', "teacher accuracy, clients' own texts")
     """
     section, _, key = name.partition(".")
+    if section == "clients":
+        return f"{key.replace('_', ' ')}, clients' own texts"
     told = {"bytes.up": "bytes up", "bytes.down": "bytes down", "bytes.total": "bytes, both ways"}
     told |= {"memory.peak_rss_bytes": "peak memory", "seconds.client_compute": "computing"}
     return measure(key).title if section == "metrics" else told.get(name, name)
@@ -68,10 +70,10 @@ def said(name: str, value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 10 else number(value, 5)
 
 
-def columns(metric: str) -> tuple[str, ...]:
-    """Return the measures that the table of cells shows, the one first that decides."""
+def columns(metric: str, also: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the measures that the table of cells shows, the one first that decides, then further ones."""
     rest = ("bytes.up", "bytes.total", "memory.peak_rss_bytes", "seconds.client_compute")
-    return (f"metrics.{metric}", *(() if metric == "loss" else ("metrics.loss",)), *rest)
+    return (f"metrics.{metric}", *(() if metric == "loss" else ("metrics.loss",)), *also, *rest)
 
 
 def findings(
@@ -87,6 +89,7 @@ def findings(
     """
     stored = {run.label: Run(run.folder) for run in runs if run.status == "finished"}
     metric = next(run.config.metric for run in runs)
+    table = columns(metric, experiment.columns)
 
     def values(cell: str, name: str) -> Values:
         own = [
@@ -100,7 +103,7 @@ def findings(
 
     return {
         "metric": metric,
-        "columns": list(columns(metric)),
+        "columns": list(table),
         "cells": [
             {
                 "name": name,
@@ -108,7 +111,7 @@ def findings(
                 "baseline": cell.baseline,
                 "runs": sum(run.cell == name for run in runs),
                 "finished": sum(run.cell == name for run in runs if run.label in stored),
-                "measured": {column: spread(values(name, column)) for column in columns(metric)},
+                "measured": {column: spread(values(name, column)) for column in table},
             }
             for name, cell in experiment.cells.items()
         ],

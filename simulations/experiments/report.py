@@ -13,10 +13,10 @@ from typing import Any
 from fedllm.runs.durable import disk_errors, replace_file, to_json
 from fedllm.runs.provenance.identity import provenance
 from fedllm.runs.reader import Run
-from simulations.experiments import figures
+from simulations.experiments import figures, spectra
 from simulations.experiments.cells import CellRun
 from simulations.experiments.definition import Experiment
-from simulations.experiments.findings import columns, said, shown, title, value
+from simulations.experiments.findings import said, shown, title, value
 from simulations.results import plots
 from simulations.results.report import environment
 
@@ -59,12 +59,14 @@ def write(
     """
     from markupsafe import Markup
 
+    machine = [run for run in runs if run.status == "finished"]
     drawn = figures.figures(found)
+    drawn |= figures.courses(_courses(experiment, machine), found["metric"])
+    drawn |= spectra.figures({run.label: run.folder for run in machine if run.cell in experiment.spectra})
     with disk_errors(out):
         (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, (_, figure) in drawn.items():
         plots.save(figure, out / "figures" / f"{name}.png")
-    machine = [run for run in runs if run.status == "finished"]
     made = provenance(made_by=_made_by([Run(run.folder).provenance for run in machine]))
     replace_file(out / "environment.json", to_json(made, indent=2))
     replace_file(out / "cells.csv", _csv(found, runs, command))
@@ -76,6 +78,16 @@ def write(
     )
     replace_file(out / "report.html", page)
     return out / "report.html"
+
+
+def _courses(experiment: Experiment, runs: Sequence[CellRun]) -> dict[str, figures.Runs]:
+    """Return seed and rounds of the finished runs of each cell with a federation, by its title."""
+    found: dict[str, figures.Runs] = {}
+    for run in runs:
+        cell = experiment.cells[run.cell]
+        if cell.baseline is None:
+            found.setdefault(cell.title, []).append((run.config.seed, Run(run.folder).rounds()))
+    return found
 
 
 def _with(parts: Sequence[_Part], drawn: Mapping[str, tuple[str, Any]]) -> list[_Part]:
@@ -191,7 +203,7 @@ def _origin(made: Mapping[str, Any], runs: int, command: str) -> _Part:
 
 
 def _csv(found: Mapping[str, Any], runs: Sequence[CellRun], command: Callable[[str], str]) -> str:
-    measures = [*columns(found["metric"])]
+    measures = [*found["columns"]]
     measures += [one["measure"] for part in ("differences", "claims") for one in found[part]]
     measures = list(dict.fromkeys(measures))
     text = io.StringIO()

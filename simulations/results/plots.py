@@ -34,7 +34,10 @@ __all__ = [
     "AXES",
     "PALETTE",
     "axes_of",
+    "canvas",
     "curves",
+    "legend",
+    "look",
     "partition",
     "progress",
     "repeated",
@@ -57,10 +60,14 @@ _INK = "#2b2f36"
 _GRID = "#c9cdd3"
 
 Arguments = ParamSpec("Arguments")
-Against = Literal["round", "bytes", "seconds", "simulated"]
+Against = Literal["round", "bytes", "seconds", "simulated", "passes"]
 AXES: tuple[Against, ...] = ("round", "bytes", "seconds")
 
-_LABELS = {"bytes": "sent, both directions", "simulated": "simulated time"}
+_LABELS = {
+    "bytes": "sent, both directions",
+    "simulated": "simulated time",
+    "passes": "forward passes of clients, a backward pass counted as two",
+}
 
 _STYLE: Any = {
     "font.size": 11,
@@ -109,7 +116,8 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     return wrapper
 
 
-def _canvas() -> tuple[Figure, Axes]:
+def canvas() -> tuple[Figure, Axes]:
+    """Return an empty figure of the usual size, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,7 +132,8 @@ def progress(rounds: Sequence[RoundRecord], metric: str, against: Against) -> tu
     Args:
         rounds: ascending; what came before a round counts towards its bytes and seconds.
         metric: name of a metric; rounds without it are passed over.
-        against: ``round``, ``bytes`` (both directions), ``seconds`` or ``simulated``, seconds of devices.
+        against: ``round``, ``bytes`` (both directions), ``seconds``, ``simulated`` (seconds of devices), or
+            ``passes``: batches through the whole model, those of a backward pass counted twice.
     """
     moved = np.cumsum([r.bytes_up + r.bytes_down for r in rounds])
     places = {
@@ -132,6 +141,7 @@ def progress(rounds: Sequence[RoundRecord], metric: str, against: Against) -> tu
         "bytes": moved.tolist(),
         "seconds": np.cumsum([r.seconds for r in rounds]).tolist(),
         "simulated": np.cumsum([r.details.get(SIMULATED, 0.0) for r in rounds]).tolist(),
+        "passes": np.cumsum([r.forward + 2 * r.backward for r in rounds]).tolist(),
     }
     place = places[against]
     found = [(x, r.metrics[metric]) for x, r in zip(place, rounds, strict=True) if metric in r.metrics]
@@ -144,7 +154,7 @@ def axes_of(runs: Iterable[Sequence[RoundRecord]]) -> tuple[Against, ...]:
     return (*AXES, "simulated") if simulated else AXES
 
 
-def _look(index: int) -> dict[str, Any]:
+def look(index: int) -> dict[str, Any]:
     """Return colour and dashes, of which no two among 32 series have the same."""
     return {
         "color": PALETTE[index % len(PALETTE)],
@@ -155,14 +165,14 @@ def _look(index: int) -> dict[str, Any]:
 @styled
 def curves(runs: Mapping[str, Sequence[RoundRecord]], metric: str, against: Against = "round") -> Figure:
     """Draw a metric of one run or several; each run has its colour, its dashes and its marker."""
-    figure, axes = _canvas()
+    figure, axes = canvas()
     for index, rounds in enumerate(runs.values()):
         x, y = progress(rounds, metric, against)
         marker = _MARKERS[index % len(_MARKERS)] if len(x) <= 40 else None
-        axes.plot(x, y, **_look(index), marker=marker)
+        axes.plot(x, y, **look(index), marker=marker)
     _finish(axes, against, f"test {measure(metric).title}")
     if len(runs) > 1:
-        _legend(figure, axes.get_lines(), list(runs))
+        legend(figure, axes.get_lines(), list(runs))
     return figure
 
 
@@ -182,7 +192,7 @@ def repeated(
         metric: name of a metric.
         against: what the metric is drawn against.
     """
-    figure, axes = _canvas()
+    figure, axes = canvas()
     for index, runs in enumerate(groups.values()):
         paths = [(seed, *progress(rounds, metric, against)) for seed, rounds in runs]
         length = min(len(y) for _, _, y in paths)
@@ -191,21 +201,21 @@ def repeated(
             interval(list(by_seed((seed, y[place]) for seed, _, y in paths).values()))
             for place in range(length)
         ]
-        look = _look(index)
-        axes.plot(x, [one.mean for one in spread], **look)
+        own = look(index)
+        axes.plot(x, [one.mean for one in spread], **own)
         if spread and spread[0].means_something:
             low, high = np.array([(one.low, one.high) for one in spread], dtype=float).T
-            axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
+            axes.fill_between(x, low, high, color=own["color"], alpha=0.18, linewidth=0)
     _finish(axes, against, f"test {measure(metric).title}")
     names = [f"{label} ({counted([seed for seed, _ in runs])})" for label, runs in groups.items()]
-    _legend(figure, axes.get_lines(), names)
+    legend(figure, axes.get_lines(), names)
     return figure
 
 
 @styled
 def traffic(rounds: Sequence[RoundRecord]) -> Figure:
     """Draw the bytes of each round, upload and download side by side."""
-    figure, axes = _canvas()
+    figure, axes = canvas()
     numbers = np.array([r.round for r in rounds])
     up, down = np.array([r.bytes_up for r in rounds]), np.array([r.bytes_down for r in rounds])
     handles: list[Any] = []
@@ -217,7 +227,7 @@ def traffic(rounds: Sequence[RoundRecord]) -> Figure:
         handles += axes.step(numbers, down, where="mid", color=PALETTE[1], linestyle="--")
     _finish(axes, "round", "bytes per round")
     scale_bytes(axes, "y", np.concatenate([up, down]))
-    _legend(figure, handles, ["up", "down"])
+    legend(figure, handles, ["up", "down"])
     return figure
 
 
@@ -225,7 +235,7 @@ def traffic(rounds: Sequence[RoundRecord]) -> Figure:
 def partition(description: Mapping[str, Any]) -> Figure:
     """Draw how many texts of each class each client holds, from ``partition.json``."""
     clients, names = list(description["clients"]), list(description["label_names"])
-    figure, axes = _canvas()
+    figure, axes = canvas()
     many = len(clients) > 60
     if many:
         clients.sort(key=lambda client: -client["examples"])
@@ -240,7 +250,7 @@ def partition(description: Mapping[str, Any]) -> Figure:
     axes.grid(visible=False, axis="x")
     _finish(axes, "clients, largest first" if many else "client", "training texts")
     if any(names):
-        _legend(figure, bars, names)
+        legend(figure, bars, names)
     if len(clients) <= 20:
         axes.set_xticks(places)
     return figure
@@ -292,12 +302,12 @@ def scale_bytes(axes: Axes, which: Literal["x", "y"], values: np.ndarray[Any, An
         axes.set_ylim(0, 1.05 * max(values.max(initial=0), 1))
 
 
-def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
+def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Write the names above the axes, in as many columns as fit; the figure grows by what they take."""
     lines = [_lines(name) for name in names]
     longest = max(len(line) for name in lines for line in name)
     columns = min(3, len(names), max(1, (_LINE + 8) // (longest + 8)))
-    legend = figure.legend(
+    drawn = figure.legend(
         handles,
         [f"series {index}" for index in range(len(names))],  # a name that begins with _ would be left out
         loc="outside upper center",
@@ -305,9 +315,9 @@ def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> Non
         handlelength=2.6,
         fontsize=10 if longest <= 40 else 8,
     )
-    for text, name in zip(legend.get_texts(), lines, strict=True):
+    for text, name in zip(drawn.get_texts(), lines, strict=True):
         text.set_text("\n".join(name))
-    taken = legend.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    taken = drawn.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
     figure.set_size_inches(max(_WIDTH, taken.width / figure.dpi + 0.2), _HEIGHT + taken.height / figure.dpi)
 
 

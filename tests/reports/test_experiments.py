@@ -20,7 +20,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, StoreError
 from fedllm.runs.lock import holder
 from fedllm.runs.reader import Run
-from fedllm.runs.records import FILE
+from fedllm.runs.records import FILE, RoundRecord
 from fedllm.runs.writer import RunStore
 from simulations import running
 from simulations.experiments import figures
@@ -66,6 +66,11 @@ def made(runs: Sequence[CellRun], accuracies: dict[str, Sequence[float]], up: di
         ("title = ", r"tiny.toml is not valid TOML: "),
         ("[cells.a]\nminuts = 1", r"tiny.toml: unknown key cells.a.minuts; did you mean minutes\?"),
         ("[cells.a]\nminutes = 1", r"tiny.toml: cells.a.title is missing"),
+        (
+            "[cells.a]\ntitle = 'a'",
+            r"tiny.toml: cells.a lacks minutes, and there is no hardware to reckon it for",
+        ),
+        ("spectra = ['plan']", r"tiny.toml: spectra.0 = 'plan' is no cell; did you mean plain\?"),
         (
             "[cells.a]\ntitle = 'a'\nminutes = 0",
             r"tiny.toml: cells.a.minutes = 0 is not allowed: .*greater than 0",
@@ -133,10 +138,8 @@ def test_every_experiment_can_be_laid_out_and_fits_an_hour_of_two_cores(name: st
     runs = lay_out(asked, tmp_path)
     assert {run.cell for run in runs} == set(asked.cells)
     assert forecast(runs, jobs=2).cost.seconds / 2 < 3600
+    assert asked.quick is not None
     assert forecast(lay_out(asked, tmp_path, variant=asked.quick), jobs=2).cost.seconds / 2 < 600
-    assert asked.paper_scale is not None
-    first, *_ = lay_out(asked, tmp_path, variant=asked.paper_scale, seeds=[0])
-    assert first.config.data.name == "fancyzhx/ag_news"
 
 
 def test_fedkd_is_judged_on_seeds_that_chose_nothing() -> None:
@@ -302,6 +305,21 @@ def test_error_bars_are_the_intervals_and_every_row_is_named(
     assert shown.get_xlabel() == "sent in all, both directions (bytes)"
 
 
+def test_courses_are_means_over_seeds_of_cells_with_enough_scores(tmp_path: Path) -> None:
+    def rounds(name: str, seed: int, *accuracies: float) -> tuple[int, Sequence[RoundRecord]]:
+        return seed, make_run(tmp_path / f"{name}{seed}", accuracies, seed=seed).rounds()
+
+    long = [rounds("long", 0, 0.1, 0.2, 0.3, 0.6), rounds("long", 1, 0.3, 0.4, 0.5, 0.8)]
+    drawn = figures.courses({"long": long, "short": [rounds("short", 0, 0.1, 0.2, 0.3)]}, "accuracy")
+    assert list(drawn) == ["accuracy-by-round", "accuracy-by-passes", "accuracy-by-bytes"]
+    (line,) = drawn["accuracy-by-round"][1].axes[0].get_lines()
+    assert list(line.get_xdata()) == [1, 2, 3, 4]
+    assert list(line.get_ydata()) == pytest.approx([0.2, 0.3, 0.4, 0.7])
+    (line,) = drawn["accuracy-by-bytes"][1].axes[0].get_lines()
+    assert list(line.get_xdata()) == [800, 1600, 2400, 3200]
+    assert not figures.courses({"short": [rounds("brief", 0, 0.1)]}, "accuracy")
+
+
 def test_names_beside_dots_do_not_cover_one_another() -> None:
     def told(value: float) -> dict[str, Any]:
         return {"mean": value, "low": None, "high": None, "means_something": False}
@@ -355,7 +373,7 @@ def test_without_a_name_the_experiments_are_listed(fedllm: Callable[..., Any]) -
     ("words", "sentence"),
     [
         (["--scale", "gpu"], "--scale is cpu or paper, not 'gpu'"),
-        (["--scale", "paper", "--quick"], "--quick is for --scale cpu: leave one of the two out"),
+        (["--scale", "paper", "--quick"], "this experiment has no [quick]: leave --quick out"),
         (["--set", "seed=1"], "both say the seed"),
     ],
 )
