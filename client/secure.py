@@ -32,8 +32,9 @@ from strategies.session import Session
 
 __all__ = ["answer", "masked", "require_masked", "require_session"]
 
-_TOLD = ("seconds", "forward", "backward", "peak_rss_bytes", "state_lost", wire.ONCE)
-"""What a masked answer still tells of itself: what it cost. How well it went is of this client alone."""
+_TOLD = ("seconds", "forward", "backward", "peak_rss_bytes", "state_lost", "epsilon", "delta", wire.ONCE)
+"""What a masked answer still tells of itself: what it cost, in privacy as well. How well it went is of this
+client alone."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from client import secure
 from client.device.collection import Bounds, collect, mark
 from client.memory import GlobalMemory, Local, NodeMemory
 from client.node import NodeContext
+from client.spending import Spending
 from fedllm.codecs.base import Dense
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, FedllmError, WireError
@@ -164,6 +165,7 @@ class _Task:
 
     def _describe(self) -> RecordDict:
         train, test = self.session.client_tokens(self.place.node)
+        self._spending(len(train.texts()))  # whoever cannot account for its steps takes no part
         machine = psutil.virtual_memory().total
         metrics = {
             "node": float(self.place.node),
@@ -204,6 +206,14 @@ class _Task:
         method, model = self.session.method, self.session.model
         train, test = self.session.client_tokens(node)  # which may ask the model about them
         method.load(model, tensors)
+        spending, noise = self._spending(len(train.texts())), None
+        if spending is not None:
+            if instruction.kind != "fit":
+                raise WireError(
+                    f"asked for {instruction.kind!r}, which no noise covers, in a run with "
+                    'privacy.unit = "example": this client answers nothing so'
+                )
+            noise = spending.spend(self.config, self.place, instruction, train)
         attacks = node in attackers(self.config)
         if attacks:
             train = poisoned(self.config, model, train)
@@ -219,6 +229,7 @@ class _Task:
             local=local.method,
             train=train,
             test=test,
+            noise=noise,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.config.seed, "torch", *self.at, node) % 2**63)
@@ -227,7 +238,15 @@ class _Task:
             answered = replace(answered, tensors=bent(self.config, answered.tensors, *self.at, node))
         upload = Upload(work.kind, *self.at, node, instruction.progress, clip_of(work.arguments))
         uplink = Uplink(self.config, self.session.codecs.up)
+        if spending is not None:
+            answered = replace(answered, metrics={**answered.metrics, **spending.told(self.config)})
         return answered, uplink.send(upload, answered.tensors, local.codec)
+
+    def _spending(self, texts: int) -> Spending | None:
+        """Return what this client has spent of its texts' privacy, where it sees to that itself."""
+        if self.config.privacy.hides != "example":
+            return None
+        return Spending.of(self.config, self.place, self.instruction.run, texts)
 
 
 def _note(content: RecordDict, instruction: Instruction, place: NodeContext) -> None:

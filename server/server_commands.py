@@ -204,7 +204,7 @@ def _new(source: str | None, overrides: list[str], plugins: list[str] | None) ->
     choose = StartingPoint(console.print, deployed=True)
     config = resolve_run(start, overrides)
     config.placed(deployed=True)  # refuses what only a simulation can do
-    if config.privacy.noised:
+    if config.privacy.hides:
         console.print(promise(config))
     return with_classes(choose(config))
 

@@ -97,7 +97,7 @@ def announce(runs: Sequence[tuple[str, RunConfig]], folder: Path, console: Conso
     from simulations import costs
     from strategies.private import promise
 
-    for sentence in sorted({promise(config) for _, config in runs if config.privacy.noised}):
+    for sentence in sorted({promise(config) for _, config in runs if config.privacy.hides}):
         console.print(sentence)
     said = costs.forecast(runs)
     if runs and said.large:

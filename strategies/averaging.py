@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedllm.config import RunConfig
-from fedllm.models.training import descend, minibatches, stride
-from fedllm.randomness import stream
+from fedllm.models.training import stride
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, spec_of
-from strategies.base import Answer, Commit, Exchange, Method, Passes, Reply, State, Step, Work
+from strategies.base import Answer, Commit, Exchange, Method, Reply, State, Step, Work
 from strategies.private import sum_of
 from strategies.robust import Kept
+from strategies.steps import take
 
 __all__ = ["Averaging", "train"]
 
@@ -38,14 +38,9 @@ def train(config: RunConfig, work: Work, steps: int) -> Answer:
     Raises:
         RunFailed: the loss is not finite.
     """
-    training, model = config.training, work.model
-    batches = minibatches(
-        work.train, training.batch_size, steps, stream(config.seed, "batches", work.round, work.node)
-    )
-    losses = descend(list(model.trainable().values()), model.loss, batches, training, work.progress)
-    update = {name: after - work.tensors[name] for name, after in model.read().items()}
-    steps = len(losses)
-    return Answer(update, len(work.train), {"loss": sum(losses) / steps}, passes=Passes(steps, steps))
+    told, passes = take(config, work, work.model.trainable(), steps)
+    update = {name: after - work.tensors[name] for name, after in work.model.read().items()}
+    return Answer(update, len(work.train), told, passes=passes)
 
 
 class Averaging(Method):

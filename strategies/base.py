@@ -27,7 +27,19 @@ from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, spec_of
 from strategies.tryout import require_gradients, undone
 
-__all__ = ["Answer", "Commit", "Exchange", "Method", "Passes", "Replay", "Reply", "State", "Step", "Work"]
+__all__ = [
+    "Answer",
+    "Commit",
+    "Exchange",
+    "Method",
+    "Passes",
+    "Replay",
+    "Reply",
+    "State",
+    "Step",
+    "StepNoise",
+    "Work",
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,19 @@ class Passes:
 
 
 @dataclass(frozen=True)
+class StepNoise:
+    """The noise on a client's steps in one exchange, where each of its texts is hidden.
+
+    Attributes:
+        multiplier: standard deviation over the norm to which the gradient of a text is clipped.
+        key: secret, 32 bytes, of which the noise and the batches come; of this exchange alone.
+    """
+
+    multiplier: float
+    key: bytes
+
+
+@dataclass(frozen=True)
 class Work:
     """What a client has in hand when it answers one exchange.
 
@@ -85,6 +110,7 @@ class Work:
         tensors: the global tensors of the version the server named.
         local: the client's own durable state, empty at first.
         train, test: the client's tokenised texts; ``test`` may be empty.
+        noise: on each step; None where texts are not hidden so.
     """
 
     kind: str
@@ -98,6 +124,7 @@ class Work:
     local: Tensors
     train: Tokens
     test: Tokens
+    noise: StepNoise | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +202,8 @@ class Method(ABC):
     private: bool = False
     """Whether a round shows nothing of its clients but the sum of their updates, each of them clipped, over a
     fixed number: see ``privacy.noise_multiplier``."""
+    private_steps: bool = False
+    """Whether clients learn from their texts by :func:`strategies.steps.take` alone: see ``privacy.unit``."""
     lacking: str = ""
     """What the global tensors lack to be a model that answers texts, as a clause; empty where it is one."""
 

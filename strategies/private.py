@@ -90,11 +90,11 @@ def with_noise(config: RunConfig) -> RunConfig:
         ConfigError: ``dp-accounting`` is not installed, or the budget is less than one round spends.
     """
     privacy = config.privacy
-    if not privacy.noised:
+    if not privacy.hides:
         return config
     extras.require("dp_accounting", "differential privacy (section privacy)")
     target, discrete = privacy.target_epsilon, privacy.secure_aggregation
-    if target is None:
+    if target is None or privacy.hides == "example":  # for which each client sees to its own noise
         return config
     if privacy.noise_multiplier is None:
         noise = least_noise(target, config.rounds, _rate(config), delta_of(config), discrete=discrete)
@@ -109,6 +109,8 @@ def with_noise(config: RunConfig) -> RunConfig:
 
 def promise(config: RunConfig) -> str:
     """Say what a differentially private run promises, and how."""
+    if config.privacy.hides == "example":
+        return _promise_to_texts(config)
     privacy, after = config.privacy, spent(config, {1: config.rounds})
     budget = privacy.target_epsilon
     said = f"epsilon = {number(after)} at delta = {delta_of(config):.3g} after {config.rounds} rounds"
@@ -126,6 +128,22 @@ def promise(config: RunConfig) -> str:
     return (
         f"differential privacy of each client: {said}; noise_multiplier = {privacy.noise_multiplier:g}, "
         f"clip = {privacy.clip:g}{follows}; {how}; clients count alike, however many texts they have"
+    )
+
+
+def _promise_to_texts(config: RunConfig) -> str:
+    privacy = config.privacy
+    given = f"delta = {privacy.delta:.3g}" if privacy.delta else "delta = n^-1.1 of a client's n texts"
+    noise = f"the least noise that keeps to it in {config.rounds * config.training.local_steps} steps"
+    if privacy.noise_multiplier is not None:
+        noise = f"noise_multiplier = {privacy.noise_multiplier:g}"
+    budget = (
+        "what each client tells" if privacy.target_epsilon is None else f"{privacy.target_epsilon:g} at most"
+    )
+    return (
+        f"differential privacy of each text of a client: epsilon = {budget} at {given}; {noise}, clip = "
+        f"{privacy.clip:g} for the gradient of a text; each of n texts is in a batch with probability "
+        f"{config.training.batch_size} / n"
     )
 
 

@@ -106,6 +106,12 @@ def open_method(config: RunConfig) -> Method:
             f'and {which} shows more of them: take method "fedavg", "fedkd", or "lora" with rule fedit, ffa '
             "or alternate"
         )
+    if config.privacy.hides == "example" and not method.private_steps:
+        raise ConfigError(
+            'privacy.unit = "example" adds noise to steps of plain local training, and '
+            f'{which} learns from texts in other ways too: take method "fedavg", or "lora" with another rule '
+            "than fed-sb and fedsa"
+        )
     if config.buffered and not method.asynchronous:
         raise ConfigError(
             'server.mode = "async" adds up updates that began from different versions of the global tensors, '
@@ -160,7 +166,7 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
     open_method(config)
     _require_tuned(config, overrides)
     codecs = open_codecs(config)
-    if codecs.up.stateful and config.privacy.clip is not None:
+    if codecs.up.stateful and config.privacy.update_clip is not None:
         raise ConfigError(
             f"codec.up = {config.codec.up!r} adds what earlier messages lost to an update, which the server "
             f"would cut off at privacy.clip = {config.privacy.clip:g}; leave one of them out"
@@ -181,7 +187,7 @@ def resolve_run(document: Mapping[str, Any], overrides: Iterable[Override] = ())
 
 def _require_summable(config: RunConfig, codecs: Codecs) -> None:
     """Refuse codecs whose codes of two clients cannot be added."""
-    up, clip = codecs.up, config.privacy.clip
+    up, clip = codecs.up, config.privacy.update_clip
     if up.grid is None and str(up) != "none":
         raise ConfigError(
             f"codec.up = {config.codec.up!r}: under privacy.secure_aggregation codes are added before "

@@ -98,7 +98,7 @@ class StartingPoint:
         keys, balance = _keys(config), config.training.class_weights == "balanced"
         if not keys and not balance:
             return config
-        if config.privacy.noised and not self._deployed:
+        if config.privacy.hides and not self._deployed:
             raise ConfigError(
                 "differential privacy does not cover settings that are chosen by a look at clients' texts: "
                 f"give {', '.join(sorted(keys))}"

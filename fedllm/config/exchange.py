@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from fedllm.section import Section
@@ -19,8 +21,12 @@ class CodecConfig(Section):
 class PrivacyConfig(Section):
     """What bounds a single client's influence, hides it, and what the server sees of it."""
 
+    unit: Literal["client", "example"] = "client"
+    """What differential privacy hides: a whole ``client``, by noise on sums of updates, or each ``example``,
+    by noise that the client adds to every step of its training (DP-SGD; Abadi et al., CCS 2016)."""
     clip: float | None = Field(default=None, gt=0.0)
-    """L2 norm to which a client scales its update down before encoding, and the server after decoding."""
+    """L2 norm to which a client scales its update down before encoding, and the server after decoding; with
+    ``unit = "example"`` that of the gradient of each text."""
     clip_quantile: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Let ``clip`` be the first round's, and follow the norm that this share of updates does not exceed
     (Andrew et al., NeurIPS 2021), such as 0.5; the count that it takes is noised, and accounted for."""
@@ -34,16 +40,27 @@ class PrivacyConfig(Section):
     """Under secure aggregation, clients against whom each is masked, an even number (Bell et al., CCS 2020);
     unset takes all others."""
     noise_multiplier: float | None = Field(default=None, ge=0.1, le=1e6)
-    """Differential privacy of each client: standard deviation, in units of ``clip``, of the Gaussian noise
-    that the server adds to the sum of a round's updates. Each client then takes part by a coin of its own.
-    Under secure aggregation clients add it, and the shares of ``server.quorum`` of them make it whole."""
+    """Differential privacy: standard deviation, in units of ``clip``, of the Gaussian noise that the server
+    adds to the sum of a round's updates. Each client then takes part by a coin of its own. Under secure
+    aggregation clients add it, and the shares of ``server.quorum`` of them make it whole. With
+    ``unit = "example"`` it is on the sum of a step's gradients, at each client."""
     target_epsilon: float | None = Field(default=None, gt=0.0, le=1e3)
     """Budget that ends the run once it is spent; without ``noise_multiplier`` the least noise is taken with
-    which ``rounds`` keep to it."""
+    which ``rounds`` keep to it. With ``unit = "example"`` each client does so for itself."""
     delta: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Of (epsilon, delta); unset is clients^-1.1."""
+    """Of (epsilon, delta); unset is n^-1.1 of n clients, or of a client's n texts."""
+
+    @property
+    def hides(self) -> Literal["client", "example", ""]:
+        """What the run's differential privacy hides; empty where it has none."""
+        return self.unit if self.noise_multiplier is not None or self.target_epsilon is not None else ""
 
     @property
     def noised(self) -> bool:
-        """Whether the run is differentially private."""
-        return self.noise_multiplier is not None or self.target_epsilon is not None
+        """Whether sums of updates are noised, which hides whole clients."""
+        return self.hides == "client"
+
+    @property
+    def update_clip(self) -> float | None:
+        """L2 norm to which updates are clipped; None where they are not."""
+        return self.clip if self.unit == "client" else None

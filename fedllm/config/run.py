@@ -234,6 +234,9 @@ class RunConfig(Section):
         usual = type(privacy).model_fields["clip_rate"].default
         if privacy.clip_quantile is None and privacy.clip_rate != usual:
             raise ValueError("privacy.clip_rate is for privacy.clip_quantile: set that, or leave it out")
+        if privacy.unit == "example":
+            self._require_private_steps()
+            return
         if not privacy.noised:
             for key in ("delta", "clip_quantile"):
                 if getattr(privacy, key) is not None:
@@ -268,6 +271,37 @@ class RunConfig(Section):
         ):
             if wrong:
                 raise ValueError(f"privacy.noise_multiplier and privacy.target_epsilon {why}")
+
+    def _require_private_steps(self) -> None:
+        """Refuse what noise on a client's steps would not hide."""
+        privacy = self.privacy
+        for wrong, why in (
+            (
+                privacy.hides == "",
+                "needs privacy.noise_multiplier or privacy.target_epsilon: set one of them",
+            ),
+            (
+                privacy.clip is None,
+                "needs privacy.clip, about the usual norm of the gradient of one text: set it",
+            ),
+            (
+                privacy.clip_quantile is not None,
+                "clips gradients, and privacy.clip_quantile follows updates: leave it out",
+            ),
+            (self.buffered, 'goes by rounds, and server.mode is "async": take mode "sync"'),
+            (
+                self.model.prune != "none",
+                f'adds noise to all weights, those that model.prune = "{self.model.prune}" masks as well: '
+                "leave one of the two out",
+            ),
+            (self.evaluation.clients, "does not cover what clients score: take evaluation.clients = false"),
+            (
+                self.training.class_weights == "balanced",
+                "does not cover numbers of texts by class: give training.class_weights as numbers",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f'privacy.unit = "example" {why}')
 
     def _require_attack(self) -> None:
         """Refuse an attack that would not take place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import RunFailed
 from fedllm.tensors import Tensors, norm_of
 
-__all__ = ["descend", "learning_rate", "minibatches", "optimizer_of", "stride"]
+__all__ = ["descend", "learning_rate", "minibatches", "optimizer_of", "stride", "walk"]
+
+T = TypeVar("T")
 
 
 def minibatches(
@@ -69,18 +71,49 @@ def descend(
 ) -> list[float]:
     """Minimise ``loss`` over ``parameters``, one optimiser step per batch.
 
+    Args:
+        parameters: changed in place.
+        loss: maps a batch to a 0-dim tensor.
+        batches: one per step.
+        config: see :func:`walk`.
+        progress: likewise.
+
+    Returns:
+        The loss of each batch, before its step.
+
+    Raises:
+        RunFailed: a loss is not finite.
+    """
+
+    def differentiate(batch: Batch) -> float:
+        value = loss(batch)
+        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return float(value.detach())
+
+    return walk(parameters, differentiate, batches, config, progress)
+
+
+def walk(
+    parameters: Sequence[torch.nn.Parameter],
+    differentiate: Callable[[T], float],
+    steps: Iterable[T],
+    config: TrainingConfig,
+    progress: float = 0.0,
+) -> list[float]:
+    """Take optimiser steps along gradients, however these are made.
+
     The FedProx term mu/2 ||w - w_0||^2 (Li et al., MLSys 2020, eq. 2) pulls towards the values that the
     parameters have at the call; its gradient is added directly, so that reported losses stay comparable.
 
     Args:
         parameters: changed in place.
-        loss: maps a batch to a 0-dim tensor.
-        batches: one per step.
+        differentiate: adds the gradients of one step to the parameters' own, and returns its loss.
+        steps: what each step is made of.
         config: optimiser, learning rate, decay, clipping, proximal coefficient.
         progress: share of the run that is done, in [0, 1]; drives the schedule.
 
     Returns:
-        The loss of each batch, before its step.
+        What ``differentiate`` returned.
 
     Raises:
         RunFailed: a loss is not finite.
@@ -89,11 +122,9 @@ def descend(
     optimizer = optimizer_of(config.optimizer, parameters, rate, config.weight_decay)
     anchors = [p.detach().clone() for p in parameters] if config.proximal else []
     losses: list[float] = []
-    for batch in batches:
+    for step in steps:
         optimizer.zero_grad(set_to_none=True)
-        value = loss(batch)
-        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        losses.append(float(value.detach()))
+        losses.append(differentiate(step))
         if not math.isfinite(losses[-1]):
             raise RunFailed(f"the loss became {losses[-1]}; lower training.learning_rate = {rate:g}")
         for parameter, anchor in zip(parameters, anchors, strict=False):

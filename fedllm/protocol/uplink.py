@@ -139,7 +139,7 @@ class Uplink:
         return clipped(tensors, norm, self._limit(upload), ROUNDING) if upload.coded else tensors
 
     def _limit(self, upload: Upload) -> float | None:
-        return self.config.privacy.clip if upload.clip is None else upload.clip
+        return self.config.privacy.update_clip if upload.clip is None else upload.clip
 
     def _context(self, upload: Upload) -> CodecContext:
         path = ("up", upload.round, upload.index, upload.node)

@@ -75,8 +75,8 @@ class Ring:
         privacy, fraction, most = config.privacy, FRACTION_BITS, 0
         if codec.grid is not None:
             fraction, most = codec.grid
-        if privacy.clip is not None:
-            longest = int(privacy.clip * (1 + _ROUNDING) * 2.0**fraction) + 1
+        if privacy.update_clip is not None:
+            longest = int(privacy.update_clip * (1 + _ROUNDING) * 2.0**fraction) + 1
             most = min(most or longest, longest)
         if privacy.noised:
             return cls._noised(config, fraction, most, weight)

@@ -113,6 +113,11 @@ def conduct(
             require_same_start(folder, Run(folder).provenance, start)
         notes = [*start.notes, *rehearse(session)] if saved is None else []
         clock = clock_of(session)
+        if extended and config.privacy.hides == "example" and config.privacy.target_epsilon is not None:
+            raise ConfigError(
+                "clients have chosen the noise on their steps so that the rounds first asked for spend "
+                f"privacy.target_epsilon = {config.privacy.target_epsilon:g}: begin another run"
+            )
         if extended and config.privacy.noised and saved is not None:
             Privacy(config, folder, begun=True).require(saved.number + 1, config.rounds)
     last = saved.number if saved else -1
@@ -146,7 +151,7 @@ def conduct(
         try:
             state = start.state() if saved is None else ServerState.load(saved)
             privacy = Privacy(config, folder, begun=saved is not None) if config.privacy.noised else None
-            if privacy is not None and not begun:
+            if config.privacy.hides and not begun:
                 store.event("start", promise(config))
             engine = _compose(config, session, store, run, transport, state, clock, privacy)
             engine.start(grid)

@@ -36,7 +36,7 @@ from server.rounds.exchange.conversation import converse
 from server.rounds.exchange.intake import Intake
 from server.rounds.exchange.messages import LEAST_BOUND, Messages, OpenExchange
 from server.rounds.exchange.secure import Secure
-from server.rounds.exchange.told import averages, spreads
+from server.rounds.exchange.told import averages, most_spent, spreads
 from server.rounds.orders import Orders
 from server.rounds.privacy import Privacy, Spent
 from server.rounds.roster import Roster, sample
@@ -229,6 +229,9 @@ class Engine(Strategy):
         )
         if self._privacy is not None:
             record = replace(record, epsilon=self._privacy.epsilon, delta=self._privacy.delta)
+        elif self.config.privacy.hides:
+            self.state.spent = most_spent(self.state.spent, accepted.values())
+            record = replace(record, epsilon=self.state.spent[0], delta=self.state.spent[1])
         self.store.round(record, log.nodes, log.entries, log.replies)
         if self.finished and (missed := neglect(metrics, classes)):
             self.store.event("warning", missed, round=number)

@@ -100,7 +100,7 @@ def _clipped(config: RunConfig, longer: float) -> list[str]:
     Raises:
         ConfigError: it would cut off most of every update.
     """
-    clip = config.privacy.clip
+    clip = config.privacy.update_clip
     if clip is None or longer <= _LONGER:
         return []
     told = (

@@ -78,6 +78,7 @@ class ServerState:
         moments: what the server optimiser remembers.
         residual: what ``codec.down`` left out of earlier versions.
         clip: of the next round, where it follows the updates; 0 for ``privacy.clip``.
+        spent: largest epsilon and delta that a client told of its texts, where it sees to them itself.
     """
 
     current: State
@@ -93,6 +94,7 @@ class ServerState:
     moments: Tensors = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
     clip: float = 0.0
+    spent: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def begin(cls, initial: Tensors, *, derived: bool = True) -> Self:
@@ -150,6 +152,7 @@ class ServerState:
                 },
                 "now": self.now,
                 "clip": self.clip,
+                "spent": self.spent,
             },
             keep=keep,
             every=every,
@@ -192,6 +195,7 @@ class ServerState:
             groups.get("moments", moments),
             groups.get("residual", residual),
             facts.get("clip", 0.0),
+            (*facts.get("spent", (0.0, 0.0)),),
         )
 
 

@@ -27,6 +27,7 @@ class FedAvg(Averaging):
     averages = True
     sums = True
     private = True
+    private_steps = True
 
     def __init__(self, config: RunConfig) -> None:
         if config.tuning.peft not in ("lora", "full"):  # "lora" is the section's default: not asked for

@@ -33,11 +33,11 @@ from fedllm.errors import ConfigError, ModelError, WireError
 from fedllm.models import model as models
 from fedllm.models.model import Model
 from fedllm.models.saving import tell_lack
-from fedllm.models.training import descend, minibatches, stride
+from fedllm.models.training import stride
 from fedllm.randomness import stream
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, pack, spec_of, unpack
-from strategies.base import Answer, Commit, Exchange, Method, Passes, Replay, Reply, State, Step, Work
+from strategies.base import Answer, Commit, Exchange, Method, Replay, Reply, State, Step, Work
 from strategies.lora import factors as lora
 from strategies.lora import middle
 from strategies.lora.combinations import check
@@ -45,6 +45,7 @@ from strategies.lora.layers import ADAPTER, carry_base, fresh, only, takes_from_
 from strategies.lora.options import LACKING, WITH_BASE, Options
 from strategies.private import sum_of
 from strategies.robust import Kept
+from strategies.steps import take
 
 __all__ = ["Lora", "Options"]
 
@@ -77,6 +78,7 @@ class Lora(Method):
         self.averages = self.rule in _AVERAGED and self.rule != "fed-sb"  # whose directions are a product's
         self.sums = self.averages and self.rule != "fedsa"  # whose clients must score their own halves
         self.private = self.rule in ("fedit", "ffa", "alternate")  # all else is no sum, or measured first
+        self.private_steps = self.rule not in ("fed-sb", "fedsa")
         self.lacking = LACKING if self.rule == "fedsa" else ""
         self._taken: dict[str, lora.Factors] = {}
         check(config, self.options)
@@ -210,17 +212,15 @@ class Lora(Method):
         """Client: train the adapter on its own texts, send its changes."""
         if work.kind == "setup":
             return middle.measure(work, self.config.training.batch_size, self.config.seed)
-        training, model = self.config.training, work.model
-        generator = stream(self.config.seed, "batches", work.round, work.node)
-        batches = minibatches(work.train, training.batch_size, training.local_steps, generator)
+        model, steps = work.model, self.config.training.local_steps
         sent = self.spec(Exchange(work.kind, work.arguments), work.tensors)
         own = self._personal(work)
         with only(model.trainable(), sent.keys() | own.keys()) as parameters:
-            losses = descend(list(parameters.values()), model.loss, batches, training, work.progress)
-        after, steps = model.read(), len(losses)
+            told, passes = take(self.config, work, parameters, steps)
+        after = model.read()
         update = {name: value - work.tensors[name] for name, value in after.items() if name in sent}
         local = {name: after[name] for name in own}
-        return Answer(update, len(work.train), {"loss": sum(losses) / steps}, local, Passes(steps, steps))
+        return Answer(update, len(work.train), told, local, passes)
 
     def _personal(self, work: Work) -> Tensors:
         """Client: put its own B, if the rule leaves it one, beside the global tensors; return it."""

@@ -131,10 +131,11 @@ def _took(run: Run, round: int) -> dict[str, object]:
 
 def _privacy(config: RunConfig, epsilon: float | None, delta: float | None) -> str:
     """Say what bounds what an answer tells of its texts, and who saw it."""
-    clip = config.privacy.clip
+    clip = config.privacy.update_clip
     told = "texts stayed with their clients; no noise was added, so no epsilon is spent or bounded"
     if epsilon is not None:
-        told = f"(epsilon, delta) = ({number(epsilon)}, {delta:.2g}) for each client"
+        whom = "for each client" if config.privacy.noised else "at most, for each text of a client"
+        told = f"(epsilon, delta) = ({number(epsilon)}, {delta:.2g}) {whom}"
     told += "" if clip is None else f"; answers clipped to a norm of {clip:g}"
     return told + ("; summed under secure aggregation" if config.privacy.secure_aggregation else "")
 
