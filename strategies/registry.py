@@ -98,7 +98,8 @@ def open_method(config: RunConfig) -> Method:
         raise ConfigError(
             f"privacy.secure_aggregation = true gives the server the sum of a round's replies, and {which} "
             'needs each: take method "fedavg", "fedkd", "scaffold", "lora" with rule fedit, ffa or '
-            'alternate, or "mezo" with mezo.candidates above 0, whose clients share their directions'
+            'alternate, or "mezo" with mezo.candidates above 0 or "fwdllm" with fwdllm.shared = true, whose '
+            "clients share their directions"
         )
     if config.privacy.noised and not method.private:
         raise ConfigError(

@@ -8,6 +8,9 @@
                          while G is mostly noise, and the cap not reached: asks the same clients for P more
                both      w <- w - rho(r) ||w|| G / ||G||        (each rebuilds G from the cohort's slopes)
 
+With ``shared`` all clients probe the same v_i, drawn from (seed, r, i). Of their slopes the server then needs
+the weighted mean alone, which it records as one client's: a sum that can be had without seeing any of them.
+
 Where all trained tensors start at zero (biases, OFT), ||w|| counts as at least that of as many fresh weights.
 
 The two sides know the directions, so neither gradients nor weights travel.
@@ -63,6 +66,8 @@ logger = logging.getLogger(__name__)
 _HEAD, _SLOPES = b"h", b"s"
 _GUIDE = "guide"
 """The previous round's record, in the server's memory and among an exchange's arguments."""
+_EVERYBODY = 0
+"""Number in whose name shared directions are drawn, and the mean of all slopes along them is recorded."""
 _WEIGHT, _BIAS = "head.weight", "head.bias"
 _USUAL_SIZE = 0.02
 """Root mean square of a fresh weight in most language models (``initializer_range``)."""
@@ -70,13 +75,14 @@ _USUAL_SIZE = 0.02
 
 @dataclass
 class FwdLLMAccumulator:
-    """What one round has folded so far; ``dense`` and ``statistics`` serve the modes that need them."""
+    """What one round has folded so far; the last four serve the modes that need them."""
 
     number: int
     cohort: Cohort
     entries: int
     guide: bytes
     dense: WeightedSum | None = None
+    shared: WeightedSum | None = None
     statistics: WeightedSum | None = None
     measured: float | None = None
 
@@ -91,6 +97,7 @@ class FwdLLM(Method):
         self.config = config
         self.options = Options.model_validate(config.options)
         _check(config, self.options)
+        self.sums = self.options.shared or self.options.upload == "dense"
         self.gate = Gate(self.options.pacing, self.options.threshold, self.options.max_exchanges)
         self.cache = ActivationCache(self.options.cache_bytes)
         self.features = FeatureCache(self.options.cache_bytes if self.options.cache else 0)
@@ -105,7 +112,8 @@ class FwdLLM(Method):
         """Load the base model with its adapter, and say what a round can be expected to achieve."""
         give_back_large_blocks()
         model = models.load(self.config, labels)
-        announce(model, self.options.directions * self.config.cohort, "fwdllm.directions")
+        probed = self.options.directions * (1 if self.options.shared else self.config.cohort)
+        announce(model, probed, "fwdllm.directions")
         stack = stack_of(model.module)
         if self.options.cache and stack.frozen:
             logger.info("hidden states of %d of %d layers are cached", stack.frozen, len(stack.layers))
@@ -155,6 +163,8 @@ class FwdLLM(Method):
             acc.statistics = WeightedSum(self._statistics_spec(state.tensors))
         if self.options.upload == "dense":
             acc.dense = WeightedSum(spec_of(state.tensors))
+        if self.options.shared:
+            acc.shared = WeightedSum(self.spec(Exchange("fit"), state.tensors))
         return acc
 
     def plan(self, state: State, acc: FwdLLMAccumulator) -> Exchange | Commit:
@@ -165,7 +175,7 @@ class FwdLLM(Method):
         if acc.dense is not None:
             return Commit() if acc.dense.count else Exchange("fit")
         more = Exchange("fit", {_GUIDE: b85encode(acc.guide).decode()} if acc.guide else {})
-        if not acc.cohort.slopes:
+        if not acc.cohort.slopes and (acc.shared is None or not acc.shared.count):
             return more
         if self.options.pacing == "fixed":
             return Commit()
@@ -202,7 +212,8 @@ class FwdLLM(Method):
         return Choice(pool[choice.indices], choice.weights)
 
     def _directions(self, round: int, node: int, indices: np.ndarray) -> list[Direction]:
-        return [Direction(self.config.seed, round, node, int(i)) for i in indices]
+        drawn_by = _EVERYBODY if self.options.shared else node
+        return [Direction(self.config.seed, round, drawn_by, int(i)) for i in indices]
 
     def _start(self, work: Work) -> Answer:
         """Sum features for the closed-form head."""
@@ -256,13 +267,22 @@ class FwdLLM(Method):
             acc.statistics.add(counted(reply.tensors, claimed, reply.examples), 1)
         elif acc.dense is not None:
             acc.dense.add(reply.tensors, reply.examples)
+        elif acc.shared is not None:
+            acc.shared.add(reply.tensors, reply.examples)
         else:
-            slopes, node = reply.tensors["slopes"].numpy(), reply.node
-            exchange = len(acc.cohort.slopes.get(node, ())) // self.options.directions
-            choice = self._choose(acc.number, node, exchange, acc.guide, acc.entries)
-            numbers = choice.indices if self.options.candidates > 1 else None
-            acc.cohort.extend(node, (slopes * choice.weights).astype(np.float32), reply.examples, numbers)
+            self._note(acc, reply.node, reply.tensors["slopes"].numpy(), reply.examples)
         return acc
+
+    def _note(self, acc: FwdLLMAccumulator, node: int, slopes: Slopes, examples: int) -> None:
+        """Server: note slopes along the directions that a client has probed in this exchange."""
+        exchange = len(acc.cohort.slopes.get(node, ())) // self.options.directions
+        choice = self._choose(acc.number, node, exchange, acc.guide, acc.entries)
+        numbers = choice.indices if self.options.candidates > 1 else None
+        acc.cohort.extend(node, (slopes * choice.weights).astype(np.float32), examples, numbers)
+
+    def summed(self, acc: FwdLLMAccumulator) -> WeightedSum | None:
+        """Server: return the sum of slopes along shared directions, or of dense gradients."""
+        return acc.shared if acc.dense is None else acc.dense
 
     def step(self, state: State, acc: FwdLLMAccumulator) -> Step:
         """Server: propose the step as a record of slopes, and watch that the weights do not blow up."""
@@ -271,6 +291,8 @@ class FwdLLM(Method):
                 return Step(state.tensors, state.memory)
             found = head(self.options.warm_start, acc.statistics.total())
             return Step(Replay(_HEAD + pack_head(*found)), state.memory)
+        if acc.shared is not None:
+            self._note(acc, _EVERYBODY, acc.shared.mean()["slopes"].numpy(), 1)
         record = _SLOPES + pack_cohort(acc.cohort)
         if acc.dense is not None:
             after = self._stepped(state.tensors, flatten(acc.dense.mean()), acc.number)
@@ -350,6 +372,18 @@ def _check(config: RunConfig, options: Options) -> None:
     if options.upload == "dense" and options.candidates > 1:
         raise ConfigError(
             'fwdllm.upload = "dense" does not say which directions were chosen: leave fwdllm.candidates at 1'
+        )
+    if options.shared and options.pacing != "fixed":
+        raise ConfigError(
+            "fwdllm.shared = true sums slopes over clients in one exchange a round: fwdllm.pacing must be "
+            '"fixed"'
+        )
+    if options.shared and options.upload == "dense":
+        raise ConfigError('fwdllm.upload = "dense" is a sum already: leave fwdllm.shared out')
+    if config.privacy.secure_aggregation and options.warm_start != "none":
+        raise ConfigError(
+            f'fwdllm.warm_start = "{options.warm_start}" sums features in a setup, which '
+            'privacy.secure_aggregation = true does not mask: set fwdllm.warm_start = "none"'
         )
     check_training(config)
     exchanges = 1 if options.pacing == "fixed" else options.max_exchanges

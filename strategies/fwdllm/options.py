@@ -45,6 +45,8 @@ class Options(MethodOptions):
     """``jvp`` is exact and fast, a step of ``antithetic`` needs no more memory than inference."""
     candidates: int = Field(1, ge=1, le=100)
     """Directions drawn per direction probed; above 1 those in line with the previous round are preferred."""
+    shared: bool = False
+    """All clients probe the same directions, so that slopes can be summed under secure aggregation."""
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     """Of a direction's entries."""
     radius: float = Field(1e-2, gt=0.0, lt=1.0)

@@ -17,7 +17,7 @@ from fedllm.tensors import Tensors, fingerprint, pack, spec_of
 from strategies.base import Commit, Exchange, Replay, State
 from strategies.forward.cohort import halves
 from strategies.forward.directions import Direction, flat
-from strategies.fwdllm.method import FwdLLM
+from strategies.fwdllm.method import FwdLLM, decay
 from strategies.registry import load_method
 from strategies.session import Session
 from tests.conformance.federation import ask, federate, reply_of, session_for, start
@@ -445,3 +445,37 @@ def test_a_large_setup_is_warned_of(
     monkeypatch.setattr("strategies.forward.outlook._LARGE_SETUP", 1000)
     assert session_with(tiny_encoder, tiny_texts, warm_start="ridge").initial
     assert 'fwdllm.warm_start = "ridge" makes each client upload' in caplog.text
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_shared_directions_take_the_step_of_the_weighted_mean_slopes(
+    tiny_encoder: Path, tiny_texts: Path, candidates: int
+) -> None:
+    """Rebuilt from the slopes: everybody has probed client 0's directions, and one mean is recorded."""
+    session = session_with(tiny_encoder, tiny_texts, shared=True, candidates=candidates)
+    state, round = start(session), 2
+    acc = session.method.begin(state, round)
+    answers = {node: ask(session, state, Exchange("fit"), node, round) for node in (1, 2)}
+    for node, answer in answers.items():
+        acc = session.method.fold(acc, "fit", reply_of(answer, node))
+    assert isinstance(session.method.plan(state, acc), Commit)
+    step = session.method.step(state, acc)
+    assert isinstance(step.proposal, Replay)
+    assert step.report["directions"] == P
+    w, total = vector(state.tensors), sum(a.examples for a in answers.values())
+    mean = sum(a.examples / total * a.tensors["slopes"].double().numpy() for a in answers.values())
+    g = sum(mean[i] * flat(Direction(0, round, 0, i), len(w)) for i in range(P)) / P
+    want = w - 0.1 * decay("cosine", 1 / 20) * np.linalg.norm(w) * g / np.linalg.norm(g)
+    after = vector(session.method.replay(state.tensors, step.proposal.record))
+    np.testing.assert_allclose(after, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"pacing": "ratio"}, "must be .fixed"), ({"upload": "dense"}, "is a sum already")],
+)
+def test_shared_directions_are_summed_once_a_round(
+    tiny_encoder: Path, tiny_texts: Path, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        session_with(tiny_encoder, tiny_texts, shared=True, **options).method  # noqa: B018  # opens it

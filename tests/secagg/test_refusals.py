@@ -20,6 +20,7 @@ SECURE = {"privacy": {"secure_aggregation": True}}
         ({"codec": {"up": "cast(bf16) | entropy"}}, r"fixed\(bits=8"),
         ({"codec": {"up": "error_feedback(sign)"}}, r"fixed\(bits=8"),
         ({"method": "fwdllm"}, "mezo.candidates above 0"),
+        ({"method": "fwdllm", "fwdllm": {"pacing": "ratio"}}, "fwdllm.shared = true"),
         ({"method": "mezo"}, "mezo.candidates above 0"),
         ({"method": "fednova", "training": {"optimizer": "sgd"}}, "rule fedit"),
         ({"method": "lora", "lora": {"rule": "svd"}}, "rule fedit"),
@@ -48,7 +49,14 @@ def test_settings_of_it_need_it(setting: dict[str, Any]) -> None:
     [{"method": method} for method in ("fedavg", "fedkd")]
     + [{"method": "lora", "lora": {"rule": rule}} for rule in ("fedit", "ffa", "alternate")]
     + [{"method": "mezo", "mezo": {"candidates": 8}}]
+    + [{"method": "fwdllm", "fwdllm": {"shared": True}}, {"method": "fwdllm", "fwdllm": {"upload": "dense"}}]
     + [{"method": "scaffold", "training": {"optimizer": "sgd"}}],
 )
 def test_what_is_a_sum_is_taken(sections: dict[str, Any]) -> None:
     assert open_method(resolve_run({**SECURE, **sections})).sums
+
+
+def test_a_setup_is_not_masked() -> None:
+    options = {"shared": True, "warm_start": "means"}
+    with pytest.raises(ConfigError, match=r'does not mask: set fwdllm\.warm_start = "none"'):
+        resolve_run({**SECURE, "method": "fwdllm", "fwdllm": options})

@@ -91,10 +91,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "neighbours": {"privacy": {"neighbours": 4}},
     "scaffold": {"method": "scaffold", "training": {"optimizer": "sgd", "local_steps": 2, "batch_size": 8}},
     "mezo": {"method": "mezo", "options": {"candidates": 16}},
+    "fwdllm": {"method": "fwdllm", "options": {"directions": 6, "shared": True}},
+    "fwdllm chosen": {"method": "fwdllm", "options": {"directions": 6, "shared": True, "candidates": 3}},
+    "fwdllm dense": {"method": "fwdllm", "options": {"directions": 6, "upload": "dense"}},
 }
 
 
-@pytest.mark.parametrize("name", quick(SECTIONS, "fixed", "neighbours"))
+@pytest.mark.parametrize("name", quick(SECTIONS, "fixed", "neighbours", "fwdllm"))
 def test_the_same_bits_with(name: str, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path) -> None:
     sections = SECTIONS[name]
     given = {key: value for key, value in sections.get("privacy", {}).items() if key == "clip"}
