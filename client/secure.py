@@ -26,11 +26,14 @@ from fedllm.secagg.identity import Certified, Identity, Unproven
 from fedllm.secagg.letters import NONCE_BYTES, Masking, Unmasking
 from fedllm.secagg.participant import Participant
 from fedllm.secagg.ring import Ring
-from fedllm.secagg.rules import Rules
+from fedllm.secagg.rules import Rules, task
 from strategies.base import Exchange
 from strategies.session import Session
 
-__all__ = ["answer", "masked", "require_masked", "require_session"]
+__all__ = ["STARTED", "answer", "masked", "require_masked", "require_session"]
+
+STARTED = "started"
+"""The fact by which a client remembers from which tensors, by their SHA-256, an answer of its own started."""
 
 _TOLD = ("seconds", "forward", "backward", "peak_rss_bytes", "state_lost", "epsilon", "delta", wire.ONCE)
 """What a masked answer still tells of itself: what it cost, in privacy as well. How well it went is of this
@@ -106,9 +109,24 @@ def masked(session: Session, place: NodeContext, instruction: Instruction, reply
     else:
         values = ring.integers(tensors, min(reply.examples, letter.most))
     given = words.words_of(values, ring.bits)
-    drawn = _participant(config, place, instruction.run).mask(_context(instruction), letter, given, ring.bits)
+    if STARTED not in reply.facts:
+        raise WireError(
+            "this client's answer was kept by an older fedllm, which masked otherwise: begin a new run"
+        )
+    told = task(
+        config.placed(deployed=place.on_device).to_json(),
+        instruction.kind,
+        instruction.arguments,
+        instruction.progress,
+        reply.facts[STARTED],
+        letter.most,
+        letter.weight,
+    )
+    one, context = _participant(config, place, instruction.run), _context(instruction)
+    drawn = one.mask(context, letter, given, ring.bits, told)
     metrics = {name: value for name, value in reply.metrics.items() if name in _TOLD}
-    return wire.pack_reply(replace(reply, metrics=metrics, payload=words.pack(drawn, ring.bits)))
+    facts = {wire.TASK: told.hex()}
+    return wire.pack_reply(replace(reply, metrics=metrics, facts=facts, payload=words.pack(drawn, ring.bits)))
 
 
 def _participant(config: RunConfig, place: NodeContext, run: str) -> Participant:

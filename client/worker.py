@@ -33,7 +33,7 @@ from fedllm.protocol.increments import receive
 from fedllm.protocol.uplink import Sent, Uplink, Upload, clip_of
 from fedllm.protocol.wire import STALE, Instruction, Reply
 from fedllm.randomness import derive
-from fedllm.tensors import Tensors, digest
+from fedllm.tensors import Tensors, digest, fingerprint
 from strategies.attack import attackers, bent, poisoned
 from strategies.base import Answer, Work
 from strategies.session import Session, open_session
@@ -150,7 +150,9 @@ class _Task:
             metrics[wire.ONCE] = answered.passes.once
         if local is None:
             metrics["state_lost"] = 1.0
-        reply = wire.pack_reply(Reply(*self.at, answered.examples, metrics, payload=sent.payload))
+        # Kept with the answer, and taken out before it is sent.
+        facts = {secure.STARTED: fingerprint(tensors)} if self.config.privacy.secure_aggregation else {}
+        reply = wire.pack_reply(Reply(*self.at, answered.examples, metrics, facts, payload=sent.payload))
         if changes_state:
             kept = Local(answered.local, sent.residuals)
             memory.remember(self.at, kept, reply=wire.encode(reply), digest=self.instruction.digest)

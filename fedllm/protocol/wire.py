@@ -30,6 +30,7 @@ __all__ = [
     "REFUSED",
     "SESSION",
     "STALE",
+    "TASK",
     "VERSION",
     "Instruction",
     "Reply",
@@ -68,6 +69,9 @@ ONCE = "forward_once"
 
 SESSION = ("keys", "shares", "agree", "unmask")
 """Kinds of the exchanges that secure aggregation holds around one of a method's; ``agree`` is for devices."""
+
+TASK = "task"
+"""The fact of a masked answer by which it tells what it answers: see :func:`fedllm.secagg.rules.task`."""
 
 REFUSED = "refused"
 """The argument of ``describe`` that says why the server did not take the node's last introduction."""

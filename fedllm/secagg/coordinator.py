@@ -30,6 +30,7 @@ class Coordinator:
         nonce: of the session; a new one for each attempt at a round.
         sharers: who has shared, by number.
         survivors: whose masked values came.
+        task: digest of what all of them were told to do, once they were.
     """
 
     def __init__(self, rules: Rules, place: str) -> None:
@@ -37,6 +38,7 @@ class Coordinator:
         self.nonce = secrets.token_hex(NONCE_BYTES)
         self.sharers: dict[int, Shares] = {}
         self.survivors: set[int] = set()
+        self.task = b""
         self._entries: dict[int, Entry] = {}
         self._group: Group | None = None
         self._sum: Words | None = None
@@ -110,7 +112,7 @@ class Coordinator:
         Raises:
             WireError: it is none that peers would take.
         """
-        statement = agreement(self.context, self.group, self.agreeing())
+        statement = agreement(self.context, self.group, self.task, self.agreeing())
         require_stated(self.sharers[node].proof, statement, payload)
         self._agreed[node] = payload
 
@@ -164,7 +166,7 @@ class Coordinator:
         if keys.public_of(private) != self.group.members[gone].mask:
             raise RunFailed(f"the shares of client {gone}'s key do not give it")
         for each in others:
-            shared = pair_key(private, self.group.members[each].mask, self.context, gone, each)
+            shared = pair_key(private, self.group.members[each].mask, self.context, self.task, gone, each)
             drawn = words.mask(shared, total.size, self._bits)
             if gone > each:
                 total -= drawn

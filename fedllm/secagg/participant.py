@@ -71,20 +71,22 @@ class _Session:
     own_share: str = ""
     roster: str = ""
     sharers: list[int] = field(default_factory=list)
+    task: str = ""
+    """Digest of what it was told to do, which its masks hold."""
     peers: dict[str, str] = field(default_factory=dict)
     """Public keys that its neighbours have proven, by number."""
     asked: dict[str, str] = field(default_factory=dict)
     """Digest of what was asked, by step that was answered."""
     answers: dict[str, str] = field(default_factory=dict)
     summed: dict[str, str] = field(default_factory=dict)
-    """Digest of whose sum it has helped to open, by round and exchange; in all sessions of the run."""
+    """Digest of whose sum it has helped to open, by round; in all sessions of the run."""
     masked: dict[str, str] = field(default_factory=dict)
     """Digest of what it has masked, likewise."""
 
     @property
     def place(self) -> str:
-        """Names run, round and exchange, which several sessions may be for."""
-        return self.context.rpartition("/")[0]
+        """Names run and round, which several sessions may be for: one sum is opened in a round."""
+        return self.context.rsplit("/", 2)[0]
 
 
 class Participant:
@@ -129,7 +131,7 @@ class Participant:
         session = self._session(context)
         return self._once(session, "shares", roster, lambda: self._share(session, roster))
 
-    def mask(self, context: str, letter: Masking, values: Words, bits: int) -> Words:
+    def mask(self, context: str, letter: Masking, values: Words, bits: int, task: bytes = b"") -> Words:
         """Mask values; the same again for the same question.
 
         Args:
@@ -137,6 +139,7 @@ class Participant:
             letter: who has shared, and what proves their keys.
             values: modulo 2^bits.
             bits: of the ring.
+            task: digest of what the values answer, see :func:`fedllm.secagg.rules.task`.
 
         Raises:
             WireError: neighbours' keys are not their own, too few are left, or other values were masked.
@@ -151,13 +154,13 @@ class Participant:
         for each, proof in zip(near, letter.proofs, strict=True):
             key = self._identity.check(each, _statement(context, group, each), proof)
             session.peers[str(each)] = key.hex()
-        session.sharers = list(letter.sharers)
-        question = letter.write() + bytes([bits]) + hashlib.sha256(values.tobytes()).digest()
+        session.sharers, session.task = list(letter.sharers), task.hex()
+        question = letter.write() + task + bytes([bits]) + hashlib.sha256(values.tobytes()).digest()
         self._once(session, "mask", question, partial(_note_values, session, words.signed(values, bits)))
         masked, key = values.copy(), bytes.fromhex(session.mask)
         masked += words.mask(self_key(bytes.fromhex(session.seed), context, self.node), values.size, bits)
         for each in near:
-            shared = pair_key(key, group.members[each].mask, context, self.node, each)
+            shared = pair_key(key, group.members[each].mask, context, task, self.node, each)
             if each > self.node:
                 masked += words.mask(shared, values.size, bits)
             else:
@@ -179,7 +182,7 @@ class Participant:
             raise WireError("this client is asked whose values came, and has masked nothing")
         group = self._group(session)
         group.require(survivors_in(survivors), self.node, session.sharers)
-        statement = agreement(context, group, survivors)
+        statement = agreement(context, group, bytes.fromhex(session.task), survivors)
         return self._once(session, "agree", survivors, lambda: self._identity.state(statement))
 
     def unmask(self, context: str, letter: Unmasking) -> bytes:
@@ -251,7 +254,8 @@ class Participant:
         if session.asked.get("agree") != hashlib.sha256(written).hexdigest():
             raise WireError("this client is asked for shares, and has not signed these survivors")
         group = self._group(session)
-        statement, near = agreement(session.context, group, written), group.neighbours(self.node)
+        statement = agreement(session.context, group, bytes.fromhex(session.task), written)
+        near = group.neighbours(self.node)
         signed = [
             node
             for node in set(near) & set(letter.survivors) & letter.agreed.keys()
@@ -302,9 +306,9 @@ class Participant:
         self._vault.save(json.dumps(asdict(session)).encode())
 
 
-def pair_key(private: bytes, public: bytes, context: str, one: int, other: int) -> bytes:
-    """Return what two clients' common mask is drawn from."""
-    return keys.agree(private, public, purpose("mask", context, *sorted((one, other))))
+def pair_key(private: bytes, public: bytes, context: str, task: bytes, one: int, other: int) -> bytes:
+    """Return what two clients' common mask is drawn from: another where they were told other things."""
+    return keys.agree(private, public, purpose("mask", context, *sorted((one, other))) + b"/" + task)
 
 
 def self_key(seed: bytes, context: str, node: int) -> bytes:
@@ -312,9 +316,9 @@ def self_key(seed: bytes, context: str, node: int) -> bytes:
     return keys.derive(seed, purpose("self", context, node))
 
 
-def agreement(context: str, group: Group, survivors: bytes) -> bytes:
-    """Return what each client signs of whose values came: session, round and everybody's keys are in it."""
-    return purpose("survivors", context) + b"/" + group.digest + hashlib.sha256(survivors).digest()
+def agreement(context: str, group: Group, task: bytes, survivors: bytes) -> bytes:
+    """Return what each client signs of whose values came: session, keys and task are in it."""
+    return purpose("survivors", context) + b"/" + group.digest + hashlib.sha256(task + survivors).digest()
 
 
 def _seal_key(private: bytes, public: bytes, context: str, sender: int, receiver: int) -> bytes:

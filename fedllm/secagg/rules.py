@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -12,7 +13,7 @@ from fedllm.errors import WireError
 from fedllm.secagg import graph
 from fedllm.secagg.letters import Entry, roster
 
-__all__ = ["LEAST", "Group", "Rules", "fewest", "purpose"]
+__all__ = ["LEAST", "Group", "Rules", "fewest", "purpose", "task"]
 
 LEAST = 3
 """Clients in a sum at least: of two, each would know the other's update."""
@@ -93,7 +94,8 @@ class Group:
         near = [each for each in self.neighbours(client) if each in here]
         for left, least, whom in (
             (len(clients), self.quorum, f"of {len(self.members)} clients"),
-            (len(near) + 1, self.threshold(client), "holders of this client's shares"),
+            # Whom these alone are connected with has a sum of its own, which must not be one of two.
+            (len(near) + 1, max(self.threshold(client), LEAST), "holders of this client's shares"),
         ):
             if left < least:
                 raise WireError(f"{left} {whom} are left, {least} is the least (privacy.threshold)")
@@ -103,6 +105,33 @@ class Group:
 def fewest(config: RunConfig) -> int:
     """Return how few clients a sum may be of: each of them sees to it before it helps to open the sum."""
     return max(config.quorum, LEAST)
+
+
+def task(
+    config: str,
+    kind: str,
+    arguments: Mapping[str, object],
+    progress: float,
+    tensors: str,
+    most: int,
+    weight: int,
+) -> bytes:
+    """Digest what a client was told to do: masks cancel among those alone who were told the same.
+
+    A server that has one client train as said, and the others on a model or with settings under which their
+    updates are nothing, would otherwise see the one in the sum (Pasquini et al., CCS 2022).
+
+    Args:
+        config: the run's, as JSON.
+        kind: of the exchange.
+        arguments: of the exchange.
+        progress: share of the rounds that is done.
+        tensors: SHA-256 of the global tensors that the client has started from.
+        most: texts that one client counts for at most.
+        weight: that all have at most.
+    """
+    told = [config, kind, dict(arguments), progress, tensors, most, weight]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).digest()
 
 
 def purpose(kind: str, context: str, *clients: int) -> bytes:

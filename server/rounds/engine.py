@@ -298,7 +298,7 @@ class Engine(Strategy):
         declared = self._roster.declared
         secure = Secure(
             self.config, self.codecs.up, place, declared, asked.limits.examples,
-            agreed=self._messages.signatures is not None,
+            agreed=self._messages.signatures is not None, task=self._messages.task(asked, self.state.current),
         )  # fmt: skip
 
         def hold(kind: str, nodes: list[int] | None) -> OpenExchange:

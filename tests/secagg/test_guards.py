@@ -69,7 +69,15 @@ def test_a_sum_that_counts_for_more_texts_than_were_introduced_is_not_folded(
     privacy = {"secure_aggregation": True, "threshold": 0.5}
     config = RunConfig.validated({"clients": 3, "server": {"quorum": 3}, "privacy": privacy})
     codec = parse("fixed(bits=4, fraction=8)")
-    secure = Secure(config, codec, "run/1/0", dict.fromkeys(range(3), 10), 100, agreed=False)
+    secure = Secure(
+        config,
+        codec,
+        "run/1/0",
+        dict.fromkeys(range(3), 10),
+        100,
+        agreed=False,
+        task=lambda most, weight: b"t",
+    )
     ring = Ring.of(config, codec, 30)
     clients = {node: Participant(node, Rules.of(config), Unproven(), Kept()) for node in range(3)}
     context = secure._session.context
@@ -83,8 +91,8 @@ def test_a_sum_that_counts_for_more_texts_than_were_introduced_is_not_folded(
         secure.take("shares", node, one.shares(context, told("shares", node)))
     for node, one in clients.items():
         given = words_of(np.array([node]), ring.bits)
-        drawn = one.mask(context, Masking.read(told("fit", node)), given, ring.bits)
-        secure.take_masked(node, pack(drawn, ring.bits), 1, counted if node == 2 else 10)
+        drawn = one.mask(context, Masking.read(told("fit", node)), given, ring.bits, b"t")
+        secure.take_masked(node, pack(drawn, ring.bits), 1, counted if node == 2 else 10, b"t".hex())
     for node, one in clients.items():
         secure.take("unmask", node, one.unmask(context, Unmasking.read(told("unmask", node))))
     total = WeightedSum({"update": TensorSpec((1,))})

@@ -297,3 +297,62 @@ def test_a_client_whose_neighbours_have_gone_masks_nothing() -> None:
     letter = Masking.read(server.masking(0, 10, 100))
     with pytest.raises(WireError, match="3 holders of this client's shares are left, 4 is the least"):
         clients[0].mask(server.context, letter, words.words_of(values_of(0), BITS), BITS)
+
+
+def told_apart(
+    clients: dict[int, Participant], apart: Collection[int]
+) -> tuple[Coordinator, dict[int, words.Words]]:
+    """Let a server tell some clients another task than the rest, whose values are then nothing."""
+    server = shared(clients)
+    found = {}
+    for node in server.sharers:
+        letter = Masking.read(server.masking(node, 10, 100))
+        values = values_of(node) if node in apart else 0 * values_of(node)
+        told = b"apart" if node in apart else b"task"
+        found[node] = clients[node].mask(server.context, letter, words.words_of(values, BITS), BITS, told)
+        server.take_masked(node, words.pack(found[node], BITS), COUNT, BITS)
+    server.task = b"task"
+    return server, found
+
+
+def test_whoever_was_told_something_else_is_not_seen_in_the_sum() -> None:
+    """A server trains one client as said, the others on what gives nothing, and would see its update."""
+    clients = people(5)
+    server, _ = told_apart(clients, {2})
+    seen = summed(server, clients)
+    assert not np.array_equal(seen, values_of(2))
+    assert sum(abs(value) > 1000 for value in seen) > COUNT // 2  # uniform in 2^19, where updates end at 1000
+    clients = people(5)
+    server, _ = told_apart(clients, ())
+    assert not summed(server, clients).any()
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_a_neighbourhood_of_two_is_no_crowd(degree: int) -> None:
+    """Two whose other neighbours are said to be gone are masked against each other alone."""
+    clients = people(12, Rules(0.5, degree, 3))
+    server = shared(clients)
+    circle = {node: server.group.neighbours(node) for node in clients}
+    one = 0
+    other = circle[one][0]
+    masked(server, clients, ({*circle[one], *circle[other]}) - {one, other})
+    letter = Unmasking.read(server.unmasking(one))
+    with pytest.raises(WireError, match="2 holders of this client's shares are left, 3 is the least"):
+        clients[one].unmask(server.context, letter)
+
+
+def test_one_sum_is_opened_in_a_round_whatever_the_exchange() -> None:
+    """The same update, asked for as the round's second exchange, with one client fewer."""
+    clients = people(5)
+    for index, gone in ((0, ()), (1, (4,))):
+        server = Coordinator(RULES, f"run/3/{index}")
+        for node in clients:
+            server.take_keys(node, clients[node].keys(server.context))
+        for node in clients:
+            server.take_shares(node, clients[node].shares(server.context, server.roster()))
+        masked(server, clients, gone)
+        if index == 0:
+            summed(server, clients)
+        else:
+            with pytest.raises(WireError, match="helped to open this round's sum of other clients before"):
+                summed(server, clients)

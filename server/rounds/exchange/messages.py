@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flwr.app import RecordDict
@@ -14,7 +16,8 @@ from fedllm.protocol import wire
 from fedllm.protocol.uplink import Uplink, Upload, clip_of
 from fedllm.protocol.wire import Instruction
 from fedllm.runs.provenance.chain import Sent
-from fedllm.tensors import Spec, Tensors, dense_bytes, digest, spec_of
+from fedllm.secagg.rules import task
+from fedllm.tensors import Spec, Tensors, dense_bytes, digest, fingerprint, spec_of
 from server.rounds import gates
 from server.rounds.exchange.downlink import Downlink
 from server.rounds.exchange.secure import Secure
@@ -199,9 +202,21 @@ class Messages:
         _require_introduced(reply, member.examples)
         weight = min(reply.examples, opened.limits.examples)
         values = sum(item.numel for item in self.method.spec(opened.exchange, view).values())
-        secure.take_masked(node, reply.payload, values, weight)
+        secure.take_masked(node, reply.payload, values, weight, reply.facts.get(wire.TASK, ""))
         self.downlink.sent.known[node] = opened.begun[node][1]
         return Reply(node, {}, weight, reply.metrics, reply.examples)
+
+    def task(self, opened: OpenExchange, state: State) -> Callable[[int, int], bytes]:
+        """Return what digests the task of an exchange under secure aggregation, the same for all clients."""
+        exchange, progress = opened.exchange, self._progress(opened.log.number)
+        told = (
+            self.config.to_json(),
+            exchange.kind,
+            exchange.arguments,
+            progress,
+            fingerprint(state.tensors),
+        )
+        return partial(task, *told)
 
     def most(self, opened: OpenExchange, state: State) -> int:
         """Return the bytes that no reply to an exchange needs more of.

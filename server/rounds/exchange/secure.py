@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fedllm.codecs.base import FramedCodec
 from fedllm.config import RunConfig
-from fedllm.errors import RunFailed
+from fedllm.errors import RunFailed, WireError
 from fedllm.protocol.wire import SESSION
 from fedllm.secagg.coordinator import Coordinator
 from fedllm.secagg.ring import Ring
@@ -43,6 +43,7 @@ class Secure:
         declared: texts that each client has said it has.
         most: texts that one client counts for at most.
         agreed: whether clients sign who is left, with keys of their own.
+        task: digests what clients are told to do, given what one and what all count for at most.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Secure:
         most: int,
         *,
         agreed: bool,
+        task: Callable[[int, int], bytes],
     ) -> None:
-        self._agreed = agreed
+        self._agreed, self._task = agreed, task
         self._config, self._codec, self._most = config, codec, most
         self._declared = declared
         self._rules = Rules.of(config)
@@ -105,6 +107,7 @@ class Secure:
         elif step == _UNMASK:
             told = session.unmasking(node)
         elif step != _KEYS:
+            session.task = self._task(self._most, self._weight)
             told = session.masking(node, self._most, self._weight)
         return bytes.fromhex(session.nonce) + told
 
@@ -119,8 +122,17 @@ class Secure:
         }
         takes[step](node, payload)
 
-    def take_masked(self, node: int, payload: bytes, count: int, weight: int) -> None:
-        """Take in a client's masked values: ``count`` of them, which count for ``weight`` texts."""
+    def take_masked(self, node: int, payload: bytes, count: int, weight: int, task: str) -> None:
+        """Take in a client's masked values: ``count`` of them, which count for ``weight`` texts.
+
+        Raises:
+            WireError: they are not as many, or answer something else: their masks would never come off.
+        """
+        if task != self._session.task.hex():
+            raise WireError(
+                "it was told something else to do than the others (settings, tensors, or texts that count), "
+                "or runs another fedllm: its masks would not come off"
+            )
         ring = Ring.of(self._config, self._codec, self._weight)
         self._session.take_masked(node, payload, count, ring.bits)
         self._weights[node] = weight

@@ -177,3 +177,33 @@ def test_below_the_threshold_the_round_fails_closed(
     ):
         run(config, tmp_path / "run", losing((1, 2), "fit"), Asking)
     assert not Run(tmp_path / "run").rounds()[1:]
+
+
+@pytest.mark.parametrize(
+    "bend",
+    [
+        lambda asked: replace(asked, progress=0.9),
+        lambda asked: replace(asked, session=asked.session[:16] + b"\x01\0\0\0" + asked.session[20:]),
+    ],
+    ids=["progress", "texts that count"],
+)
+def test_a_client_that_is_told_something_else_is_left_out(
+    bend: Callable[[Instruction], Instruction], in_the_clear: Callable[..., str],
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """On its way to client 1 an instruction is altered: its masks would never come off the sum."""
+
+    class Bending(Asking):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            sent = list(messages)
+            for message in sent:
+                asked = wire.unpack_instruction(message.content)
+                if asked.kind == "fit" and message.metadata.dst_node_id == 2:
+                    message.content = wire.pack_instruction(bend(asked))
+            return super().push_messages(sent)
+
+    config = config_of(tiny_encoder, tiny_texts, privacy=SECURE)
+    assert run(config, tmp_path / "run", grid_of=Bending)["state_sha256"] == in_the_clear(1)
+    rejected = [row for row in Run(tmp_path / "run").nodes() if row.status == "rejected"]
+    assert len(rejected) == 2
+    assert all(row.node == 1 and "told something else" in (row.reason or "") for row in rejected)
