@@ -10,13 +10,15 @@ result is the same bits whatever the order of replies.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from fedllm.config import RunConfig
-from fedllm.models.training import stride
+from fedllm.models.training import only, stride
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, spec_of
 from strategies.base import Answer, Commit, Exchange, Method, Reply, State, Step, Work
+from strategies.blocks import Blocks
 from strategies.private import sum_of
 from strategies.robust import Kept
 from strategies.steps import take
@@ -32,25 +34,41 @@ class MeanAccumulator:
     updates: WeightedSum | Kept
 
 
-def train(config: RunConfig, work: Work, steps: int) -> Answer:
+def train(config: RunConfig, work: Work, steps: int, names: Container[str] | None = None) -> Answer:
     """Client: take so many local steps on its own texts; return how far they led.
+
+    Args:
+        config: of the run.
+        work: what there is to do.
+        steps: how many.
+        names: what is trained; all by default.
 
     Raises:
         RunFailed: the loss is not finite.
     """
-    told, passes = take(config, work, work.model.trainable(), steps)
-    update = {name: after - work.tensors[name] for name, after in work.model.read().items()}
+    trained = work.model.trainable()
+    with only(trained, trained if names is None else names) as parameters:
+        told, passes = take(config, work, parameters, steps)
+    update = {
+        name: after - work.tensors[name]
+        for name, after in work.model.read().items()
+        if names is None or name in names
+    }
     return Answer(update, len(work.train), told, passes=passes)
 
 
 class Averaging(Method):
-    """One exchange a round; every reply is an update of all global tensors."""
+    """One exchange a round; every reply is an update of all global tensors, or of those whose turn it is."""
 
     config: RunConfig
+    blocks: Blocks | None = None
 
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
-        """Expect an update of every global tensor."""
-        return spec_of(tensors)
+        """Expect an update of every global tensor; of a group where groups take turns."""
+        if self.blocks is None:
+            return spec_of(tensors)
+        names = self.blocks.of(tensors, exchange.arguments)
+        return {name: one for name, one in spec_of(tensors).items() if name in names}
 
     def stride(self, tensors: Tensors) -> float | None:
         """Server: as long as local training makes an update."""
@@ -58,11 +76,14 @@ class Averaging(Method):
 
     def begin(self, state: State, round: int) -> MeanAccumulator:
         """Start a sum of updates."""
-        return MeanAccumulator(round, sum_of(self.config, spec_of(state.tensors)))
+        return MeanAccumulator(round, sum_of(self.config, self.spec(self._exchange(state), state.tensors)))
 
     def plan(self, state: State, acc: MeanAccumulator) -> Exchange | Commit:
         """Ask for local training once; there is no setup."""
-        return Commit() if acc.number == 0 or acc.updates.count else Exchange("fit")
+        return Commit() if acc.number == 0 or acc.updates.count else self._exchange(state)
+
+    def _exchange(self, state: State) -> Exchange:
+        return Exchange("fit") if self.blocks is None else self.blocks.exchange(state.version)
 
     def fold(self, acc: MeanAccumulator, kind: str, reply: Reply) -> MeanAccumulator:
         """Server: add one update, weighted by its number of texts."""
@@ -78,4 +99,6 @@ class Averaging(Method):
         if not acc.updates.count:
             return Step(state.tensors, state.memory)
         update = acc.updates.mean()
+        if self.blocks is not None:
+            return Step(self.blocks.step(state.tensors, state.version, update), state.memory)
         return Step({name: old + update[name] for name, old in state.tensors.items()}, state.memory)

@@ -22,6 +22,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[RunConfig], bool]]] = {
     ),
     "data.test_fraction": ("runs without data.test_path", lambda run: run.data.test_path is None),
     "tuning.start": ('model.quantize = "int8" or "nf4"', lambda run: run.model.quantize != "none"),
+    "tuning.block_order": ("tuning.blocks above 1", lambda run: run.tuning.blocks > 1),
     "server.momentum": (
         'server.optimizer = "momentum", "adam" or "yogi"',
         lambda run: run.server.optimizer != "sgd",

@@ -90,5 +90,9 @@ class TuningConfig(Section):
     start: Literal["usual", "residual"] = "usual"
     """What LoRA on a quantised base begins as: ``usual``, nothing, or ``residual``, the best of its rank that
     makes up for what quantising took away."""
+    blocks: int = Field(default=1, ge=1, le=255)
+    """Groups of layers that take turns, one a round, which alone is trained and sent (HiFT); 1 trains all."""
+    block_order: Literal["up", "down", "random"] = "up"
+    """Whose turn is first: the lowest group's, the highest's, or drawn anew each time all have had theirs."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the peft method, by peft's own names."""

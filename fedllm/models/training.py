@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import RunFailed
 from fedllm.tensors import Tensors, norm_of
 
-__all__ = ["descend", "learning_rate", "minibatches", "optimizer_of", "stride", "walk"]
+__all__ = ["descend", "learning_rate", "minibatches", "only", "optimizer_of", "stride", "walk"]
 
 T = TypeVar("T")
 
@@ -134,6 +135,21 @@ def walk(
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
     return losses
+
+
+@contextmanager
+def only(
+    parameters: Mapping[str, torch.nn.Parameter], names: Container[str]
+) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Freeze all but ``names`` for a while: what is not trained needs no gradient."""
+    frozen = [parameter for name, parameter in parameters.items() if name not in names]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield {name: parameter for name, parameter in parameters.items() if name in names}
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def stride(config: TrainingConfig, tensors: Tensors) -> float:

@@ -3,7 +3,8 @@
     client k   w_k <- local steps from w on its own texts; sends w_k - w and its number of texts n_k
     server     w  <- w + sum_k n_k (w_k - w) / sum_k n_k
 
-The federation's reference for quality and for bytes: every parameter travels.
+The federation's reference for quality and for bytes: every parameter travels. With ``tuning.blocks`` groups
+of layers take turns, see :mod:`strategies.blocks`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.models import model as models
 from fedllm.models.model import Model
+from fedllm.tensors import Tensors
 from strategies.averaging import Averaging, train
-from strategies.base import Answer, Work
+from strategies.base import Answer, Exchange, Work
+from strategies.blocks import turns
 from strategies.fedavg.options import Options
 
 __all__ = ["FedAvg", "Options"]
@@ -35,6 +38,10 @@ class FedAvg(Averaging):
                 f'method = "fedavg" tunes the whole model, tuning.peft = "{config.tuning.peft}" does not: '
                 'use method = "lora", or tuning.peft = "full"'
             )
+        self.blocks = turns(config)
+        if self.blocks is not None:
+            self.replays = True
+            self.asynchronous = self.sums = self.private = self.private_steps = False
         full = config.tuning.model_copy(update={"peft": "full"})
         self.config = config.model_copy(update={"tuning": full})
 
@@ -44,4 +51,11 @@ class FedAvg(Averaging):
 
     def run(self, work: Work) -> Answer:
         """Client: train on its own texts, send the update."""
-        return train(self.config, work, self.config.training.local_steps)
+        sent = self.spec(Exchange(work.kind, work.arguments), work.tensors)
+        return train(self.config, work, self.config.training.local_steps, sent)
+
+    def replay(self, tensors: Tensors, record: bytes) -> Tensors:
+        """Both sides: take up the new values of the group whose turn it was."""
+        if self.blocks is None:
+            return super().replay(tensors, record)
+        return self.blocks.replay(tensors, record)

@@ -18,6 +18,7 @@ class Options(MethodOptions):
     method = "fedkd"
     implementation = "strategies.fedkd.method:FedKD"
     descends = True
+    unread = ("tuning.blocks", "tuning.block_order")
     needs = MappingProxyType(
         {
             "layers": ("student", (None,)),

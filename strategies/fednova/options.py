@@ -15,6 +15,7 @@ class Options(MethodOptions):
     method = "fednova"
     implementation = "strategies.fednova.method:FedNova"
     descends = True
+    unread = ("tuning.blocks", "tuning.block_order")
 
     epochs: float = Field(1.0, gt=0.0)
     """Passes of a client over its own texts in one round, in at most training.local_steps steps."""

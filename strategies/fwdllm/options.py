@@ -28,6 +28,8 @@ class Options(MethodOptions):
         "training.learning_rate",
         "training.schedule",
         "model.dropout",
+        "tuning.blocks",
+        "tuning.block_order",
     )
     needs = MappingProxyType(
         {

@@ -30,6 +30,11 @@ def check(config: RunConfig, options: Options) -> None:
         options.rule != "fedit" and tuning.start != "usual",
         f'{rule} begins from factors of its own, tuning.start = "{tuning.start}" from others: use rule fedit',
     )
+    refuse(
+        options.rule not in ("fedit", "ffa") and tuning.blocks > 1,
+        f"{rule} moves all layers in each round, tuning.blocks = {tuning.blocks} a part of them: use "
+        "rule fedit or ffa",
+    )
     stays = (server.optimizer, server.learning_rate) == ("sgd", 1.0)
     plain = tuning.peft in ("lora", "rslora") and not tuning.options.get("use_dora")
     refuse(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from fedllm.config import RunConfig
 from fedllm.randomness import stream
 from strategies.lora.factors import Factors
 
-__all__ = ["ADAPTER", "carry_base", "fresh", "only", "takes_from_base"]
+__all__ = ["ADAPTER", "carry_base", "fresh", "takes_from_base"]
 
 ADAPTER = "default"
 """The name peft gives an adapter that is given none."""
@@ -46,16 +44,3 @@ def fresh(like: torch.Tensor, seed: int, layer: str, version: int) -> torch.Tens
     bound = 1.0 / math.sqrt(like.shape[1])
     values = stream(seed, "fresh-A", layer, version).uniform(-bound, bound, tuple(like.shape))
     return torch.from_numpy(values).to(like.dtype)
-
-
-@contextmanager
-def only(parameters: Mapping[str, nn.Parameter], names: Container[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Freeze all but ``names`` for a while: what is not trained needs no gradient."""
-    frozen = [parameter for name, parameter in parameters.items() if name not in names]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        yield {name: parameter for name, parameter in parameters.items() if name in names}
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)

@@ -33,15 +33,16 @@ from fedllm.errors import ConfigError, ModelError, WireError
 from fedllm.models import model as models
 from fedllm.models.model import Model
 from fedllm.models.saving import tell_lack
-from fedllm.models.training import stride
+from fedllm.models.training import only, stride
 from fedllm.randomness import stream
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, pack, spec_of, unpack
 from strategies.base import Answer, Commit, Exchange, Method, Replay, Reply, State, Step, Work
+from strategies.blocks import turns
 from strategies.lora import factors as lora
 from strategies.lora import middle
 from strategies.lora.combinations import check
-from strategies.lora.layers import ADAPTER, carry_base, fresh, only, takes_from_base
+from strategies.lora.layers import ADAPTER, carry_base, fresh, takes_from_base
 from strategies.lora.options import LACKING, WITH_BASE, Options
 from strategies.private import sum_of
 from strategies.robust import Kept
@@ -73,12 +74,15 @@ class Lora(Method):
         self.config = config
         self.options = Options.model_validate(config.options)
         self.rule = self.options.rule
-        self.replays = self.rule == "fed-sb"
+        self.blocks = turns(config)
+        self.replays = self.rule == "fed-sb" or self.blocks is not None
         self.asynchronous = self.rule in ("fedit", "ffa")  # which add mean changes to the old factors
         self.averages = self.rule in _AVERAGED and self.rule != "fed-sb"  # whose directions are a product's
         self.sums = self.averages and self.rule != "fedsa"  # whose clients must score their own halves
         self.private = self.rule in ("fedit", "ffa", "alternate")  # all else is no sum, or measured first
         self.private_steps = self.rule not in ("fed-sb", "fedsa")
+        if self.blocks is not None:
+            self.asynchronous = self.sums = self.private = self.private_steps = False
         self.lacking = LACKING if self.rule == "fedsa" else ""
         self._taken: dict[str, lora.Factors] = {}
         check(config, self.options)
@@ -165,6 +169,9 @@ class Lora(Method):
         for b, a in lora.pairs(tensors).values():
             if self.rule == "alternate":
                 del trained[a if exchange.arguments["train"] == "B" else b]
+        if self.blocks is not None:
+            turn = self.blocks.of(trained, exchange.arguments)
+            trained = {name: value for name, value in trained.items() if name in turn}
         return spec_of(trained)
 
     def _trained(self, tensors: Tensors) -> Tensors:
@@ -268,6 +275,8 @@ class Lora(Method):
             return self._directed(state, acc)
         after = dict(state.tensors)
         changes = acc.sum.mean() if isinstance(acc.sum, WeightedSum | Kept) else acc.sum.plain()
+        if self.blocks is not None:
+            return Step(self.blocks.step(state.tensors, state.version, changes), state.memory)
         for name, change in changes.items():
             after[name] = state.tensors[name] + change
         if isinstance(acc.sum, lora.NormSum):
@@ -292,6 +301,8 @@ class Lora(Method):
 
     def replay(self, tensors: Tensors, record: bytes) -> Tensors:
         """Both sides: take up what a record holds, the outer factors of fed-sb or what is trained."""
+        if self.blocks is not None:
+            return self.blocks.replay(tensors, record)
         kinds = {_DIRECTIONS: "setup", _TRAINED: "fit"}
         if record[:1] not in kinds:
             raise WireError(f"unknown kind of replay record {record[:1]!r}")
@@ -326,6 +337,8 @@ class Lora(Method):
 
     def _exchange(self, state: State) -> Exchange:
         """B comes first: while B is zero, A has no gradient."""
+        if self.blocks is not None:
+            return self.blocks.exchange(state.version)
         turn = {"train": "B" if state.version % 2 == 0 else "A"} if self.rule == "alternate" else {}
         return Exchange("fit", turn)
 

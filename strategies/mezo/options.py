@@ -14,7 +14,7 @@ class Options(MethodOptions):
 
     method = "mezo"
     implementation = "strategies.mezo.method:MeZO"
-    unread = ("training.optimizer", "model.dropout")
+    unread = ("training.optimizer", "model.dropout", "tuning.blocks", "tuning.block_order")
 
     candidates: int = Field(0, ge=0, le=65_536)
     """Directions that all clients share (FedKSeed takes 1,024 to 4,096); 0 draws fresh ones (MeZO)."""

@@ -13,3 +13,4 @@ class Options(MethodOptions):
     method = "scaffold"
     implementation = "strategies.scaffold.method:Scaffold"
     descends = True
+    unread = ("tuning.blocks", "tuning.block_order")

@@ -22,6 +22,8 @@ LORA_RULES = ("fedit", "ffa", "alternate", "svd", "stack", "residual", "hetero")
 SETUP = {"lora-fed-sb": {"method": "lora", "options": {"rule": "fed-sb"}}}
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"method": "fedavg"},
+    "fedavg-blocks": {"method": "fedavg", "tuning": {"blocks": 2}},
+    "lora-blocks": {"method": "lora", "tuning": {"blocks": 2, "block_order": "down"}},
     **{f"lora-{rule}": {"method": "lora", "options": {"rule": rule}} for rule in LORA_RULES},
     **{
         f"lora-{rule}-mixed": {"method": "lora", "options": {"rule": rule, "ranks": (1, 2, 4, 3)}}
@@ -70,6 +72,7 @@ METHODS |= {
 
 
 SLOW = {
+    "lora-blocks",
     "lora-fedit",
     "lora-ffa",
     "lora-alternate",

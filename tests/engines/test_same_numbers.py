@@ -18,16 +18,19 @@ from tests.rounds.federation import configuration
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-RULES = ("fed-sb",)
-"""Rules of LoRA that hold exchanges of their own."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "fed-sb": {"method": "lora", "options": {"rule": "fed-sb"}},
+    "fedavg-blocks": {"method": "fedavg", "tuning": {"blocks": 2, "block_order": "random"}},
+}
+"""What holds exchanges or sends steps of its own."""
 NEEDS = {row["method"]: {"training": row["training"]} for row in METHODS.values() if "training" in row}
 """What a method must be told before it runs at all: of the table of methods."""
 
 
-@pytest.fixture(params=[*method_names(), *RULES])
+@pytest.fixture(params=[*method_names(), *OTHERS])
 def config(request: pytest.FixtureRequest, tiny_encoder: Path, tiny_texts: Path) -> RunConfig:
-    if request.param in RULES:
-        return configuration(tiny_encoder, tiny_texts, method="lora", options={"rule": request.param})
+    if request.param in OTHERS:
+        return configuration(tiny_encoder, tiny_texts, **OTHERS[request.param])
     options = load_method(request.param).Options().model_dump(mode="json", exclude_none=True)
     return configuration(
         tiny_encoder, tiny_texts, method=request.param, options=options, **NEEDS.get(request.param, {})
