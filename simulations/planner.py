@@ -51,11 +51,19 @@ _TEXTS_OF_A_CLIENT = 1_000
 _SAMPLE = 1 << 20
 """Values of an update that a codec is tried on."""
 
-_FIT = Exchange("fit", {"train": "B"})
-"""Of a round; where factors take turns (rule alternate) B goes first, and what it takes stands for both."""
+_FIT = Exchange("fit", {"train": "B", "block": 0})
+"""Of a round. Where factors take turns (rule alternate) B is first, and what it takes stands for both; where
+groups of layers do, the lowest takes most: it has the embeddings, and the way back to it is the longest."""
 
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"method": "fedavg", "tuning.peft": "full", "tuning.targets": [], "training.memory": "plain"},
+    "full, thirds": {
+        "method": "fedavg",
+        "tuning.peft": "full",
+        "tuning.targets": [],
+        "tuning.blocks": 3,
+        "training.memory": "plain",
+    },
     "lora": {"method": "lora", "training.memory": "plain"},
     "lora, checkpoint": {"method": "lora", "training.memory": "checkpoint"},
     "lora, lean": {"method": "lora", "training.memory": "lean"},
@@ -68,6 +76,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 SPREAD: dict[str, float | None] = {
     "full": None,
+    "full, thirds": None,
     "lora": 0.1,
     "lora, checkpoint": 0.4,
     "lora, lean": 0.15,
@@ -222,8 +231,12 @@ def estimate(way: str, config: RunConfig, limits: Limits) -> Estimate:
         model = method.build(tuple(labels) if tasks.of(config).classed else ())
         objective, beside = method.objective(model)
     modules = [model.module, *beside]
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     tensors = {name: torch.empty(p.shape, device="meta") for name, p in model.trainable().items()}
+    if exact:  # what a round leaves alone needs no gradient
+        sent = method.spec(_FIT, tensors)
+        for name, parameter in model.trainable().items():
+            parameter.requires_grad_(name in sent)
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     held = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     training, batch = config.training, _batch(config)
     tokens = batch.input_ids.numel()
@@ -300,6 +313,8 @@ def _bytes(
         up, more = _secure(config, codecs.up, spec)
     if not method.replays:
         return up, _coded(codecs.down, {**method.updates(tensors), **base}) + HEADERS + more
+    if method_options(config.method).descends:  # a step is what was trained, in full
+        return up, dense_bytes(spec) + HEADERS + more
     slopes = np.zeros(sum(one.shape[0] for one in spec.values()), dtype=np.float32)
     nodes = range(config.answers)
     record = pack_cohort(Cohort(1, dict.fromkeys(nodes, slopes), dict.fromkeys(nodes, 1)))

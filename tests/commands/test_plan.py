@@ -23,6 +23,7 @@ from simulations.plan_table import bits_per_second, limits
 from simulations.planner import WAYS, Estimate, Limits, estimate, plan
 from simulations.shapes import peak_bytes, without_weights
 from strategies.base import Exchange
+from strategies.blocks import groups
 from strategies.registry import open_method, resolve_run
 from tests.commands.conftest import Fedllm
 
@@ -65,6 +66,23 @@ def test_bytes_are_those_of_the_methods_updates(tiny_encoder: Path) -> None:
     assert found.up == found.down == dense_bytes(spec) + planner.HEADERS
     packed = estimate("lora", of(tiny_encoder, **{"codec.up": "quantize(bits=8)"}), ANYWHERE)
     assert found.up / 4 < packed.up < found.up / 2
+
+
+@pytest.mark.slow
+def test_a_turn_takes_gradients_moments_and_bytes_of_its_group_alone(tiny_encoder: Path) -> None:
+    whole, half = (
+        estimate("full", of(tiny_encoder, method="fedavg", **more), ANYWHERE)
+        for more in ({}, {"tuning.blocks": 2})
+    )
+    method = open_method(of(tiny_encoder, method="fedavg"))
+    tensors = method.build(("a", "b")).read()
+    lower = groups(tensors, 2)[0]
+    bytes_of = {name: 4 * tensor.numel() for name, tensor in tensors.items()}
+    assert whole.up - planner.HEADERS == sum(bytes_of.values())
+    assert half.up - planner.HEADERS == half.down - planner.HEADERS == sum(bytes_of[name] for name in lower)
+    # Of each value that is left alone two moments, and a gradient where the peak is at the end of the way back.
+    left = sum(size for name, size in bytes_of.items() if name not in lower)
+    assert 2 * left <= whole.step - half.step <= 3 * left
 
 
 @pytest.mark.slow
@@ -137,7 +155,9 @@ def test_the_command_says_every_way(fedllm: Fedllm, tiny_encoder: Path) -> None:
     assert answer.code == 0, answer.err
     made: dict[str, Any] = json.loads(answer.out)
     assert [one["way"] for one in made["ways"]] == list(WAYS)
-    assert [one["refused"] for one in made["ways"] if one["refused"]] == []
+    refused = {one["way"]: one["refused"] for one in made["ways"] if one["refused"]}
+    assert refused.keys() == {"full, thirds"}
+    assert "tuning.blocks = 3 groups cannot be made of 2 layers" in refused["full, thirds"]
     assert made["chosen"].startswith("lora")
 
 
