@@ -80,7 +80,7 @@ def test_a_turn_takes_gradients_moments_and_bytes_of_its_group_alone(tiny_encode
     bytes_of = {name: 4 * tensor.numel() for name, tensor in tensors.items()}
     assert whole.up - planner.HEADERS == sum(bytes_of.values())
     assert half.up - planner.HEADERS == half.down - planner.HEADERS == sum(bytes_of[name] for name in lower)
-    # Of each value that is left alone two moments, and a gradient where the peak is at the end of the way back.
+    # Of each value that is left alone two moments, and a gradient if the peak is at the end of the way back.
     left = sum(size for name, size in bytes_of.items() if name not in lower)
     assert 2 * left <= whole.step - half.step <= 3 * left
 
