@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Runs", "courses", "differences", "figures", "means", "tradeoff"]
+__all__ = ["Runs", "courses", "differences", "figures", "front", "means", "tradeoff"]
 
 Runs = list[tuple[int, Sequence[RoundRecord]]]
 """Seed and rounds of each run."""
@@ -46,7 +46,10 @@ def figures(found: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
         drawn[found["metric"]] = (caption, means(measured, metric))
     sent = [cell for cell in measured if cell["measured"]["bytes.total"]]
     if sent:
-        caption = f"Test {name} ({better} is better) and what was sent for it; {error_bars}"
+        caption = (
+            f"Test {name} ({better} is better) and what was sent for it; the dotted line joins what no other "
+            f"cell betters in both; {error_bars}"
+        )
         drawn[f"{found['metric']}-bytes"] = (caption, tradeoff(sent, metric))
     pairs = [one for one in found["differences"] if one["found"] and one["measure"] == metric]
     if pairs := [one for one in pairs if one["kind"] == "difference"]:
@@ -145,9 +148,15 @@ def differences(pairs: Sequence[Mapping[str, Any]], titles: Mapping[str, str], n
 
 @styled
 def tradeoff(cells: Sequence[Mapping[str, Any]], name: str) -> Figure:
-    """Draw a measure against the bytes that were sent for it, each dot with its cell's name."""
+    """Draw a measure against the bytes that were sent for it, each dot with its cell's name.
+
+    A line joins the cells that no other betters in both (the Pareto front).
+    """
     figure, axes = _canvas(11)
     sent = np.array([cell["measured"]["bytes.total"]["mean"] for cell in cells])
+    means = np.array([cell["measured"][name]["mean"] for cell in cells])
+    kept = front(sent.tolist(), means.tolist(), higher=measure(name.partition(".")[2]).higher)
+    axes.plot(sent[kept], means[kept], color="#7f7f7f", linewidth=1, linestyle=":", zorder=1)
     for cell, x in zip(cells, sent, strict=True):
         told = cell["measured"][name]
         _dot(axes, x, told["mean"], told, baseline=False, across=False)
@@ -161,6 +170,20 @@ def tradeoff(cells: Sequence[Mapping[str, Any]], name: str) -> Figure:
         [(cell["title"], x, cell["measured"][name]["mean"]) for cell, x in zip(cells, sent, strict=True)],
     )
     return figure
+
+
+def front(costs: Sequence[float], scores: Sequence[float], *, higher: bool) -> list[int]:
+    """Return the Pareto front: by cost, those that no other one betters in score at no more cost.
+
+    >>> front([3.0, 1.0, 2.0, 4.0], [0.9, 0.5, 0.4, 0.8], higher=True)
+    [1, 0]
+    """
+    best: list[int] = []
+    sign = 1.0 if higher else -1.0
+    for place in sorted(range(len(costs)), key=lambda k: (costs[k], -sign * scores[k])):
+        if not best or sign * scores[place] > sign * scores[best[-1]]:
+            best.append(place)
+    return best
 
 
 def _name_dots(figure: Figure, axes: Axes, dots: Sequence[tuple[str, float, float]]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.text import Text
 from scipy import stats
@@ -303,6 +304,19 @@ def test_error_bars_are_the_intervals_and_every_row_is_named(
     shown = drawn["accuracy-bytes"][1].axes[0]
     assert {text.get_text() for text in shown.texts} == {"plain", "in <b>8</b> bits"}
     assert shown.get_xlabel() == "sent in all, both directions (bytes)"
+
+
+def test_the_front_is_what_nobody_betters() -> None:
+    rng = np.random.default_rng(0)
+    costs, losses = rng.integers(1, 6, 20).tolist(), rng.integers(1, 6, 20).tolist()
+    found = figures.front(costs, losses, higher=False)
+    points = list(zip(costs, losses, strict=True))
+    best = {
+        (c, s)
+        for c, s in points
+        if not any((other <= c and score <= s and (other, score) != (c, s)) for other, score in points)
+    }
+    assert [points[k] for k in found] == sorted(best)
 
 
 def test_courses_are_means_over_seeds_of_cells_with_enough_scores(tmp_path: Path) -> None:
