@@ -22,6 +22,7 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "openai": "serve",
     "pandas": "pandas",
     "pyarrow": "parquet",
     "ray": "simulation",

@@ -1,10 +1,10 @@
-"""The commands that talk: an answer to one prompt, and a conversation in the terminal."""
+"""The commands that talk: to a prompt, in a conversation, and over HTTP with other programs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,6 +102,30 @@ def chat(
     if sys.stdin.isatty():
         console.print(HELP)
     _converse(conversation, speaker, _lines(), compared=talk.base, as_json=talk.as_json)
+
+
+@app.command(rich_help_panel=PANEL)
+def serve(
+    run_dir: RunDir,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than localhost let anybody ask.")
+    ] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    round: AtRound = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer OpenAI-compatible requests with a run's causal model, on this host; Ctrl-C ends."""
+    from simulations.results.serving import serve as answer
+
+    def ready(name: str) -> None:
+        url = f"http://{host}:{port}/v1"
+        if as_json:
+            print(to_json({"url": url, "model": name}), flush=True)
+        console.print(f"{url} answers for the model {name} once it is loaded; Ctrl-C ends")
+
+    console.print("merging the run's result into its base ...")
+    with suppress(KeyboardInterrupt):
+        answer(run_dir, host, port, which(round), ready)
 
 
 def _converse(

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +28,7 @@ from simulations.results.predict import restore
 from tests.architectures import Architecture
 from tests.commands.conftest import Fedllm
 from tests.parts import quick
+from tests.processes import free_port, until
 from tests.reports.made_up import make_run
 from tests.rounds.federation import configuration, run
 from tests.talking import save_model, tokenizer
@@ -414,3 +422,72 @@ def test_a_terminal_is_told_how_and_goes_on_after_what_is_wrong(
     assert told[0].startswith("/reset forgets")
     assert told[-2] == "Ctrl-D ends"
     assert told[-1].startswith("the message takes")
+
+
+@pytest.mark.slow
+def test_an_endpoint_answers_as_the_run_does(tuned: Path, tmp_path: Path) -> None:
+    """A conversation over HTTP, greedily; Ctrl-C ends both processes and leaves no folder."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-c",
+        "from fedllm.cli import main; main()",
+        "serve",
+        "--json",
+        str(tuned),
+        "--port",
+        str(port),
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: server.poll() is not None or _asked(port, "health"))
+        assert server.poll() is None, server.stdout and server.stdout.read()
+        name = open_run(tuned).config.name
+        body = {"model": name, "messages": [{"role": "user", "content": "what is zinc?"}], "max_tokens": 6}
+        told = _asked(port, "v1/chat/completions", body | {"temperature": 0.0})
+        expected = Reply(restore(tuned).model.module.eval()).to("what is zinc?", 6)
+        assert told["choices"][0]["message"]["content"] == expected
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        out, _ = server.communicate(timeout=60)
+    assert f'{{"url": "http://localhost:{port}/v1", "model": "{name}"}}' in out
+    assert f"http://localhost:{port}/v1 answers for the model {name}" in out
+    assert server.returncode == 0, out
+    assert not list(tmp_path.glob("*/merged"))
+    assert not list(tmp_path.glob(f"*/{name}"))
+
+
+def _asked(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(
+        f"http://localhost:{port}/{path}", data, {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return json.load(answer)
+    except ConnectionError:
+        return None
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ConnectionError):
+            return None
+        raise
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_cannot_be_is_refused(fedllm: Fedllm, tuned: Path, tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        answer = fedllm("serve", tuned, "--port", port)
+    assert answer.code == 2
+    assert f"cannot listen at localhost:{port}" in answer.err
+    refused = fedllm("serve", make_run(tmp_path / "classes").folder)
+    assert refused.code == 2
+    assert 'model.task = "classification" does not: take fedllm predict' in refused.err
