@@ -7,9 +7,8 @@ count with its reason. It is final: a new method is a new file beside it, not a 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, final
 
@@ -28,8 +27,9 @@ from fedllm.runs.summary import SIMULATED
 from fedllm.runs.writer import RunStore
 from fedllm.tasks.metrics import by_class, neglect
 from fedllm.tensors import Tensors, fingerprint
-from server.rounds import gates, optimizers
+from server.rounds import gates
 from server.rounds.admission import Admission, Proven
+from server.rounds.commit import Committer
 from server.rounds.exchange import staleness
 from server.rounds.exchange.bounds import Bounds
 from server.rounds.exchange.conversation import converse
@@ -45,8 +45,7 @@ from server.rounds.signatures import Signatures
 from server.rounds.state import ServerState
 from server.rounds.timing.buffered import Buffered
 from server.rounds.timing.clock import Clock, Timed
-from strategies.base import Exchange, Method, State
-from strategies.private import FixedSum
+from strategies.base import Exchange, Method
 
 __all__ = ["Engine"]
 
@@ -101,6 +100,7 @@ class Engine(Strategy):
         self._bounds = Bounds(config, method, codecs, self._roster, state, store)
         self._bound, self._most = bound, 0
         self._privacy, self.spent = privacy, ""
+        self._committer = Committer(config, method, self._messages.downlink, state, privacy)
         self._networked, self._clock = networked, clock
         # A short deadline on simulated devices is none for the host that computes in their place.
         self._patience_s = config.server.deadline_s if clock is None else max(config.server.deadline_s, 600.0)
@@ -204,11 +204,8 @@ class Engine(Strategy):
         if self.config.buffered and accepted:
             details |= staleness.spread(self._opened.staleness.values())
         if accepted or (self._privacy is not None and number > 0):
-            details |= self._commit(acc, accepted)
-            downlink = self._messages.downlink
-            details["codec"] = {"up": dict(log.codec_up), "down": dict(downlink.parts)}
-            if downlink.error is not None:
-                details["error_down"] = downlink.error
+            details |= self._committer.commit(number, acc, accepted)
+            details["codec"] = {"up": dict(log.codec_up), "down": dict(self._messages.downlink.parts)}
         self.state.completed = number
         metrics, classes = by_class(self._score(number))
         if self.config.evaluation.clients and number > 0:
@@ -265,7 +262,7 @@ class Engine(Strategy):
         while isinstance(plan := self.method.plan(self.state.current, acc), Exchange):
             log.kept = set(self.state.counted)
             if config.privacy.clip_quantile is not None and plan.kind == "fit":
-                plan = replace(plan, arguments={**plan.arguments, CLIP: self._clip})
+                plan = replace(plan, arguments={**plan.arguments, CLIP: self._committer.clip})
             self._open = OpenExchange(plan, index, nodes, wanted, acc, log, self._bounds.next(number))
             if self._bound is not None:
                 self._allow(self._messages.most(self._open, self.state.current))
@@ -373,41 +370,6 @@ class Engine(Strategy):
         if self._bound is not None and most > self._most:
             self._most = most
             self._bound(most)
-
-    def _commit(self, acc: Any, accepted: Mapping[int, wire.Reply]) -> Mapping[str, float]:
-        """Let method, server optimiser and downlink codec step in turn; return the method's report."""
-        kept, state = self.state, self.state.current
-        report = {} if self._privacy is None else self._release(self._privacy, acc, accepted)
-        step = self.method.step(state, acc)
-        proposal, moments = step.proposal, kept.moments
-        if isinstance(proposal, dict):
-            proposal, moments = optimizers.advance(self.config.server, state.tensors, proposal, moments)
-        tensors, residual = self._messages.downlink.commit(
-            state.version, state.tensors, proposal, kept.residual
-        )
-        # What a lossy downlink holds back for later rounds is no standstill.
-        optimizers.require_change(
-            state.tensors, proposal if isinstance(proposal, dict) else tensors, self.completed + 1
-        )
-        kept.current = State(state.version + 1, tensors, step.memory)
-        kept.moments, kept.residual = moments, residual
-        return {**report, **step.report}
-
-    def _release(self, privacy: Privacy, acc: Any, accepted: Mapping[int, wire.Reply]) -> Mapping[str, float]:
-        """Add the noise to a round's sum; where the clip follows the updates, return what it was."""
-        total, clip = self.method.summed(acc), self._clip
-        assert isinstance(total, FixedSum)
-        unclipped = sum(reply.metrics.get("update_norm", math.inf) <= clip for reply in accepted.values())
-        after = privacy.release(self.completed + 1, total, clip, unclipped)
-        if self.config.privacy.clip_quantile is None:
-            return {}
-        self.state.clip = after
-        return {CLIP: clip}
-
-    @property
-    def _clip(self) -> float:
-        """The round's clip; infinite where there is none."""
-        return self.state.clip or self.config.privacy.clip or math.inf
 
     def _score(self, number: int) -> dict[str, float]:
         every = self.config.evaluation.every
