@@ -29,8 +29,9 @@ import grpc
 import psutil
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from client.outward import log_to, reason
 from fedllm.errors import FedllmError
-from fedllm.host.processes import die_with_parent
+from fedllm.host.processes import die_with_parent, keep_no_core
 
 __all__ = ["Answer", "WorkerError", "ask", "limit_memory", "serve"]
 
@@ -140,17 +141,17 @@ class _Handler:
                 limit_memory(self._memory)
             return self._answer(request)
         except FedllmError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason(error))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
+                context.abort(grpc.StatusCode.INTERNAL, reason(error))
             _log.exception("a request did not fit into memory; starting anew")
             threading.Timer(FAREWELL_SECONDS, os._exit, (ABANDONED,)).start()
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"out of memory on this device: {error}")
         except Exception as error:
-            # Sent to the server, whose operator sees it in the run; the traceback stays in the device's log.
-            _log.exception("a request failed")
-            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            # Sent to the server, whose operator sees it in the run; the rest stays in the device's log.
+            _log.error("a request failed: %s", type(error).__name__)
+            context.abort(grpc.StatusCode.INTERNAL, reason(error))
         finally:
             finished.set()
             self._turn.release()
@@ -193,7 +194,8 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=None, help="bytes this process may allocate")
     arguments = parser.parse_args()
     die_with_parent()
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="worker: %(message)s")
+    keep_no_core()  # it would hold texts, and lie where the device was started
+    log_to(sys.stdout)
     module, _, name = arguments.answer.partition(":")
 
     def load() -> Answer:

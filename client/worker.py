@@ -22,6 +22,7 @@ from client import secure
 from client.device.collection import Bounds, collect, mark
 from client.memory import GlobalMemory, Local, NodeMemory
 from client.node import NodeContext
+from client.outward import reason
 from client.spending import Spending
 from fedllm.codecs.base import Dense
 from fedllm.config import RunConfig
@@ -68,13 +69,15 @@ def answer(content: RecordDict, config: str, place: NodeContext) -> RecordDict:
         if place.on_device:  # which runs no code that a server names
             _require_harmless(RunConfig.from_json(config))
             secure.require_masked(RunConfig.from_json(config), place)
+            if place.data:
+                _require_named(open_session(config, place.data))
         content = _Task(instruction, open_session(config, place.data), place).answer()
         _note(content, instruction, place)
         return content
     except FedllmError as error:
         who = {"node": float(place.node)} if instruction.kind == "describe" else {}
-        reason = str(error) or repr(error)
-        return wire.pack_reply(Reply(instruction.round, instruction.index, metrics=who, error=reason))
+        said = reason(error) if place.on_device else str(error) or repr(error)
+        return wire.pack_reply(Reply(instruction.round, instruction.index, metrics=who, error=said))
 
 
 def _require_harmless(config: RunConfig) -> None:
@@ -82,6 +85,14 @@ def _require_harmless(config: RunConfig) -> None:
     require_installed(config.plugins)
     if config.attack.kind != "none":
         raise ConfigError(f'attack.kind = "{config.attack.kind}" is for simulations, and this is a device')
+
+
+def _require_named(session: Session) -> None:
+    """Refuse a run that does not name its classes: what a device's labels say would then name its metrics."""
+    if not session.config.data.classes and session.corpus.label_names:
+        raise ConfigError(
+            "the run does not name its classes (data.classes), and this device tells none of its own"
+        )
 
 
 @lru_cache(maxsize=1)

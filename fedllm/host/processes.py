@@ -29,6 +29,7 @@ __all__ = [
     "die_with_parent",
     "hand_secret",
     "interruptible",
+    "keep_no_core",
     "open_log",
 ]
 
@@ -223,6 +224,13 @@ def hand_secret(flower: ModuleType, secret: Path) -> None:
         return [*plain(**options), "--superexec-auth-secret-file", str(secret)]
 
     vars(flower)["get_client_tls_args"] = with_secret
+
+
+def keep_no_core() -> None:
+    """Have the system write no core file of this process and those it starts: one holds all of its memory."""
+    import resource  # not there on every system
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def die_with_parent(parent: int | None = None, grace: float = 5.0) -> None:

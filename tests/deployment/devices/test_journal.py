@@ -35,7 +35,7 @@ def test_each_telling_line_is_told_once(tmp_path: Path) -> None:
     write(log, "INFO : Sent successfully")
     assert told(log) == []
     write(log, "KeyError: 'nobody foresaw this'")
-    assert told(log) == ["KeyError: 'nobody foresaw this'"]
+    assert told(log) == ["KeyError"]
 
 
 def test_a_log_that_was_rotated_is_told_from_its_start(tmp_path: Path) -> None:
