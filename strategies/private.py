@@ -46,6 +46,7 @@ __all__ = [
     "delta_of",
     "deviation",
     "next_clip",
+    "plain_sum_of",
     "promise",
     "reach",
     "spent",
@@ -214,6 +215,13 @@ def next_clip(config: RunConfig, clip: float, unclipped: int, answered: int, dra
     half = unclipped - answered / 2
     share = 0.5 + (half + count_noise(config) * drawn) / config.cohort
     return clip * math.exp(-privacy.clip_rate * (share - privacy.clip_quantile))
+
+
+def plain_sum_of(config: RunConfig, spec: Spec) -> WeightedSum:
+    """Return what folds answers that no robust average takes, such as slopes: see :func:`sum_of`."""
+    found = sum_of(config, spec)
+    assert isinstance(found, WeightedSum), "the registry refuses server.robust here"
+    return found
 
 
 class FixedSum(WeightedSum):

@@ -104,8 +104,9 @@ def open_method(config: RunConfig) -> Method:
     if config.privacy.noised and not method.private:
         raise ConfigError(
             "privacy.noise_multiplier and privacy.target_epsilon hide clients in a sum of clipped updates, "
-            f'and {which} shows more of them: take method "fedavg", "fedkd", or "lora" with rule fedit, ffa '
-            "or alternate"
+            f'and {which} shows more of them: take method "fedavg", "fedkd", "lora" with rule fedit, ffa or '
+            'alternate, or "mezo" with mezo.candidates above 0 or "fwdllm" with fwdllm.shared = true and '
+            'fwdllm.warm_start = "none", whose clients share their directions'
         )
     if config.privacy.hides == "example" and not method.private_steps:
         raise ConfigError(

@@ -57,6 +57,7 @@ from strategies.fwdllm.warm_start import (
     statistics_spec,
     unpack_head,
 )
+from strategies.private import plain_sum_of
 from strategies.tryout import require_slopes, try_probes, undone
 
 __all__ = ["FwdLLM", "Options", "decay"]
@@ -98,6 +99,7 @@ class FwdLLM(Method):
         self.options = Options.model_validate(config.options)
         _check(config, self.options)
         self.sums = self.options.shared or self.options.upload == "dense"
+        self.private = self.options.shared and self.options.warm_start == "none"
         self.gate = Gate(self.options.pacing, self.options.threshold, self.options.max_exchanges)
         self.cache = ActivationCache(self.options.cache_bytes)
         self.features = FeatureCache(self.options.cache_bytes if self.options.cache else 0)
@@ -164,7 +166,7 @@ class FwdLLM(Method):
         if self.options.upload == "dense":
             acc.dense = WeightedSum(spec_of(state.tensors))
         if self.options.shared:
-            acc.shared = WeightedSum(self.spec(Exchange("fit"), state.tensors))
+            acc.shared = plain_sum_of(self.config, self.spec(Exchange("fit"), state.tensors))
         return acc
 
     def plan(self, state: State, acc: FwdLLMAccumulator) -> Exchange | Commit:

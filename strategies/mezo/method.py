@@ -36,6 +36,7 @@ from strategies.forward.slopes import antithetic, batch_loss, settled
 from strategies.forward.uploads import check_codecs, check_count, check_training
 from strategies.forward.vectors import entries, flatten, norm, shaped
 from strategies.mezo.options import Options
+from strategies.private import plain_sum_of
 from strategies.tryout import try_probes
 
 __all__ = ["MeZO", "Options"]
@@ -64,7 +65,7 @@ class MeZO(Method):
         check_training(config)
         self.config = config
         self.options = Options.model_validate(config.options)
-        self.sums = self.options.candidates > 0
+        self.sums = self.private = self.options.candidates > 0
         check_codecs(config, fresh="" if self.options.candidates else "mezo.candidates", replayed=True)
         if not self.options.candidates:
             steps = config.training.local_steps
@@ -93,7 +94,8 @@ class MeZO(Method):
     def begin(self, state: State, round: int) -> MeZOAccumulator:
         """Start empty."""
         spec = self.spec(Exchange("fit"), state.tensors)
-        return MeZOAccumulator(round, Cohort(round), WeightedSum(spec) if self.options.candidates else None)
+        total = plain_sum_of(self.config, spec) if self.options.candidates else None
+        return MeZOAccumulator(round, Cohort(round), total)
 
     def plan(self, state: State, acc: MeZOAccumulator) -> Exchange | Commit:
         """Ask for local steps once; there is no setup."""

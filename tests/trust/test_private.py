@@ -31,7 +31,7 @@ from simulations.bench.privacy.budgets import compare
 from simulations.engines.loopback import loopback
 from strategies import private
 from strategies.private import PrivateSum, reach, with_noise
-from strategies.registry import resolve_run
+from strategies.registry import load_method, resolve_run
 from tests.rounds.federation import configuration, cut, run
 from tests.rounds.scripted import START, Mean, constant, engine_of, grid_of, scripted, send
 
@@ -260,6 +260,7 @@ def test_a_run_whose_clip_follows_goes_on_with_the_same_bits(tmp_path: Path) -> 
         ({"evaluation": {"clients": True}, "data": {"client_test_fraction": 0.2}}, r"evaluation\.clients"),
         ({"training": {"class_weights": "balanced"}}, "by class"),
         ({"method": "fwdllm"}, 'method = "fwdllm"'),
+        ({"method": "fwdllm", "fwdllm": {"shared": True, "warm_start": "means"}}, 'method = "fwdllm"'),
         ({"method": "mezo"}, 'method = "mezo"'),
         ({"method": "scaffold"}, 'method = "scaffold"'),
         ({"method": "fednova"}, 'method = "fednova"'),
@@ -281,6 +282,32 @@ def test_a_budget_becomes_noise_before_the_run(tmp_path: Path) -> None:
     assert noise is not None
     assert 2.97 <= epsilon_of({1: 4}, 1.0, noise, 20**-1.1) <= 3.0
     assert f"noise_multiplier = {noise}" in config.to_toml()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("fwdllm", {"shared": True, "warm_start": "none"}), ("mezo", {"candidates": 16})],
+)
+def test_sums_of_slopes_along_shared_directions_are_hidden_like_updates(
+    method: str, options: dict[str, Any], tiny_encoder: Path, tiny_texts: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Without the noise it is the mean of clipped slopes, in which clients count alike; with it another."""
+    options = load_method(method).Options(**options).model_dump(mode="json", exclude_none=True)
+    sections: dict[str, Any] = {"rounds": 2, "method": method, "options": options}
+    alike = {"max_examples": 1}
+    found = []
+    for name, privacy in {"plain": {"clip": 0.05}, "noised": {**NOISED, "clip": 0.05}, "still": None}.items():
+        if privacy is None:
+            monkeypatch.setattr(private, "gaussian", lambda key, count: torch.zeros(count).double())
+        given = {"server": alike, "privacy": privacy or {**NOISED, "clip": 0.05}}
+        run(configuration(tiny_encoder, tiny_texts, **sections, **given), tmp_path / name)
+        saved = checkpoint.latest(tmp_path / name / "checkpoints")
+        assert saved is not None
+        found.append(torch.cat([one.flatten() for _, one in sorted(saved.groups["tensors"].items())]))
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-6)
+    assert float((found[1] - found[0]).abs().max()) > 1e-4
 
 
 @pytest.mark.slow

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from client.device.participation import parse_bytes
+from fedllm.privacy.accounting import epsilon_of
 from fedllm.runs.reader import Run as StoredRun
+from fedllm.wording import number
+from server.dashboard.actions.operations import Operations
+from server.dashboard.reading.prometheus import render
+from server.dashboard.reading.verdict import cost
 from simulations.engines.loopback import simulate
+from strategies.private import with_noise
 from strategies.registry import load_method
 from tests.deployment.federation import Federation, configuration, federation
 
@@ -79,3 +86,36 @@ def test_a_secure_sum_of_nodes_that_prove_their_keys_is_the_plain_one(
     assert (summary["status"], summary["failures"], summary["rejected"]) == ("finished", 0, 0)
     assert summary["state_sha256"] == StoredRun(tmp_path / "simulated").summary["state_sha256"]
     assert {row.exchange for row in StoredRun(run.folder).nodes()} == {"keys", "shares", "fit", "unmask"}
+
+
+PRIVATE = {
+    "noise-of-clients": {"secure_aggregation": True, "clip": 0.5, "noise_multiplier": 2.0, "delta": 1e-3},
+    "noise-on-steps": {"unit": "example", "clip": 0.5, "target_epsilon": 3.0, "delta": 1e-3},
+    "clip-that-follows": {"clip": 0.5, "clip_quantile": 0.5, "target_epsilon": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_what_a_private_run_spends_is_told(
+    three: Federation, tiny_encoder: Path, tiny_texts: Path, name: str
+) -> None:
+    """Nodes have secrets of their own, so that numbers are no simulation's; what is spent is."""
+    privacy: dict[str, Any] = PRIVATE[name]
+    config = configuration(
+        tiny_encoder, tiny_texts, name=name, server={"quorum": 3, "deadline_s": 600.0}, privacy=privacy
+    )
+    run = three.submit(with_noise(config))
+    summary = three.finish(run)
+    assert (summary["status"], summary["failures"], summary["rejected"]) == ("finished", 0, 0)
+    spent = summary["privacy"]["epsilon"]
+    if "target_epsilon" in privacy:
+        assert 2.95 < spent <= 3.0
+    else:
+        assert spent == epsilon_of({1: config.rounds}, 1.0, 2.0, 1e-3, discrete=True)
+    ops = Operations(run.folder.parent)
+    view = ops.overview(run.folder.name)
+    assert f"epsilon {number(spent, 3)} of privacy" in cost(view).detail
+    assert f'fedllm_run_epsilon{{run="{run.folder.name}"}} {spent}' in render(ops).decode()
+    secrets = [three.state(node) for node in range(3)]
+    if "clip_quantile" not in privacy:
+        assert len({path.read_bytes() for one in secrets for path in one.glob("*/noise.key")}) >= 3
