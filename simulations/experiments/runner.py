@@ -30,13 +30,6 @@ __all__ = ["run_all"]
 
 _GRACE = 15.0
 """Seconds that a cell has to stop in when it is asked to."""
-_IMPORTED = (
-    "simulations.engines.loopback",
-    "fedllm.models.tuning.adapters",
-    "flwr_datasets.partitioner",
-    "transformers.models.bert.modeling_bert",
-)
-"""What runs import, for twenty seconds: one process does it, of which each cell's is a copy."""
 
 
 @dataclass
@@ -63,7 +56,7 @@ def run_all(runs: Sequence[CellRun], jobs: int, threads: int, note: Callable[[st
         KeyboardInterrupt: somebody pressed Ctrl-C; every cell has stopped.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(list(_IMPORTED))
+    server.set_forkserver_preload(["simulations.experiments.preloaded"])
     waiting, failed = list(runs), dict[str, str]()
     running: list[_Running] = []
     try:
