@@ -10,5 +10,5 @@ __all__ = ["run"]
 
 
 def run() -> dict[str, Any]:
-    """Measure both: some twenty-five minutes on an idle core."""
+    """Measure both: some twenty minutes on a shared core."""
     return {"accuracy": budgets.run(), "inference": inference.run()}
