@@ -74,3 +74,9 @@ def test_a_bomb_is_not_unpacked(codec: str) -> None:
     made, _ = parse(codec).encode({"a": torch.zeros(long.shape)}, {}, context)
     with pytest.raises(FedllmError):
         parse(codec).decode(made, {"a": due}, {}, context)
+
+
+@pytest.mark.parametrize("run", ["../../home", "/etc", "a/b", "", ".", "x" * 65, "a\n"])
+def test_a_server_names_no_folder_of_a_device(run: str) -> None:
+    with pytest.raises(FedllmError, match="is not a plain name"):
+        wire.unpack_instruction(wire.pack_instruction(Instruction(run, "fit")))
