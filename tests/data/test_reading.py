@@ -355,7 +355,7 @@ def test_missing_places(tmp_path: Path) -> None:
 
 
 def test_unknown_hub_name_says_what_is_bundled() -> None:
-    with pytest.raises(DataError, match=r"'no/such-set' is not bundled \(bbcnews, bbc-pairs, .*\)"):
+    with pytest.raises(DataError, match=r"'no/such-set' is not bundled \(bbcnews, bbc-entities, .*\)"):
         load(DataConfig(name="no/such-set"), task_of("classification"))
 
 

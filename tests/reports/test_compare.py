@@ -65,6 +65,7 @@ def test_ratios_and_differences_are_against_the_first(tmp_path: Path) -> None:
     assert second["difference"]["perplexity"] is None
 
 
+@pytest.mark.slow
 def test_a_narrow_table_shows_the_metric_that_decides_and_machines_get_all(tmp_path: Path) -> None:
     runs = {
         decides: [

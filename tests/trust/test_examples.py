@@ -216,6 +216,7 @@ def test_one_text_alone_needs_a_delta(session: Session, tmp_path: Path) -> None:
         Spending.of(config, place_of(tmp_path), "run", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", quick(["lora", "fedavg"], "lora"))
 def test_a_run_that_is_killed_ends_with_the_same_bits_and_tells_what_it_spent(
     method: str, tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,6 +239,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits_and_tells_what_it_spent(
     assert not {"loss", "epsilon"} & records[-1].details.keys()
 
 
+@pytest.mark.slow
 def test_under_secure_aggregation_only_the_sum_of_noised_updates_is_seen(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +275,7 @@ def test_what_noise_on_steps_does_not_cover_is_refused(sections: dict[str, Any],
         resolve_run({"privacy": EXAMPLE, "method": "lora", **sections})
 
 
+@pytest.mark.slow
 def test_more_rounds_than_the_noise_was_made_for_are_refused(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def test_a_signature_is_of_one_run_and_one_kind_of_exchange(
     assert (row.status, "node 2 has not signed it so" in str(row.reason)) == ("rejected", True)
 
 
+@pytest.mark.slow
 def test_a_node_is_admitted_by_its_own_certificate_alone(federation: Path, tmp_path: Path) -> None:
     others, strangers = holder(federation, 1).shown, tmp_path / "strangers"
     provision(strangers, "localhost", 3)

@@ -167,6 +167,7 @@ def test_without_the_noise_it_is_the_sum_of_clipped_updates_over_all_who_were_as
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_the_same_bits_after_a_kill_and_nothing_spent_twice(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +187,7 @@ def test_the_same_bits_after_a_kill_and_nothing_spent_twice(
     assert Run(tmp_path / "run").summary["privacy"] == {"epsilon": spent, "delta": 1e-3}
 
 
+@pytest.mark.slow
 def test_a_client_whose_noise_would_be_another_masks_nothing_more_in_a_round(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
