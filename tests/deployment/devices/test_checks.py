@@ -231,13 +231,14 @@ def test_the_check_reads_to_the_end_as_the_worker_does(
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_for_a_devices_texts_gives_the_checks_reason(
+def test_a_run_that_ends_for_a_devices_texts_leaves_the_reason_to_the_check(
     tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own.jsonl"
     own.write_text('{"text": "apple", "label": "fruit"}\n{"text": "iron", "label": 0.5}\n')
     found = checks.check_texts(own, "text", "label")
     assert not found.good
+    assert str(own) in found.sentence
 
     class Alone(DeviceGrid):
         def context(self, node: int) -> Context:
@@ -251,7 +252,8 @@ def test_a_run_that_ends_for_a_devices_texts_gives_the_checks_reason(
     with pytest.raises(RunFailed) as caught:
         run(config, tmp_path / "run", grid_of=Alone)
     assert "0 of 1 clients" in str(caught.value)
-    assert f"node 0 was not admitted: {found.sentence}" in str(caught.value)
+    assert "node 0 was not admitted: this device's texts are not what the run asks for" in str(caught.value)
+    assert str(own) not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "two", "1..5GB", "1TB", "-1GB", "."])
