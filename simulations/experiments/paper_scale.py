@@ -6,11 +6,11 @@ The models stand in their files as sizes, and are made without weights; nothing 
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
@@ -111,19 +111,21 @@ def stand_in(architecture: Architecture, folder: Path) -> int:
             f"not {architecture.million:g}"
         )
     config.save_pretrained(folder)
-    _tokenizer(config.pad_token_id or 0).save_pretrained(folder)
+    _write_tokenizer(config.pad_token_id or 0, folder)
     return count
 
 
-def _tokenizer(pad: int) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def _write_tokenizer(pad: int, folder: Path) -> None:
+    """Write a tokenizer of a few words, whose padding has this number."""
     from transformers import PreTrainedTokenizerFast
 
     words = ["[CLS]", "[SEP]", "[UNK]", "[MASK]", *(f"word{number}" for number in range(pad + 1))]
     words.insert(pad, "[PAD]")
-    table = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
-    table.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = {"type": "WordLevel", "vocab": {word: place for place, word in enumerate(words)}}
+    file = folder / "tokenizer.json"
+    whole = {"model": model | {"unk_token": "[UNK]"}, "pre_tokenizer": {"type": "Whitespace"}}
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": [], **whole}), encoding="utf-8")
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    special |= {"bos": "[CLS]", "eos": "[SEP]"}
-    names = {f"{name}_token": word for name, word in special.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=table, **names)  # type: ignore[no-untyped-call]  # likewise
+    names = {f"{name}_token": word for name, word in (special | {"bos": "[CLS]", "eos": "[SEP]"}).items()}
+    made = PreTrainedTokenizerFast(tokenizer_file=str(file), **names)  # type: ignore[no-untyped-call]  # as above
+    made.save_pretrained(folder)
