@@ -14,7 +14,7 @@ BENCHMARKS = {
     "distill": "a local step of FedKD beside plain fine-tuning of its teacher",
     "memory": "what a step needs above the loaded model",
     "pacing": "whether asking for more directions while a round is noisy saves any",
-    "privacy": "accuracy and membership inference under budgets of differential privacy",
+    "privacy": "membership inference under budgets of differential privacy",
     "reply_fuzz": "that no mutated or hostile reply ends a round",
     "secagg": "bytes and seconds of a round under secure aggregation beside the plain one",
     "sampling": "whether choosing directions by the previous gradient pays",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -58,6 +60,8 @@ class Cell(Section):
     """Instead of the base's."""
     set: Settings = Field(default_factory=dict)
     """What differs from it."""
+    vary: dict[str, tuple[Any, ...]] = Field(default_factory=dict, max_length=1)
+    """One key and values that it has in further cells, NAME-VALUE each; the cell itself is without it."""
     baseline: Literal["local", "central"] | None = None
     """No federation on the same split: every client for itself, or all texts in one place."""
     seeds: tuple[int, ...] | None = None
@@ -161,13 +165,16 @@ class Experiment(Section):
 
     @field_validator("cells")
     @classmethod
-    def _names(cls, cells: Mapping[str, Cell]) -> Mapping[str, Cell]:
-        for name in cells:
+    def _laid_out(cls, cells: Mapping[str, Cell]) -> Mapping[str, Cell]:
+        found = [one for own in cells.items() for one in _varied(*own)]
+        for name, _ in found:
             try:
                 require_name(name)
             except ConfigError as error:
                 raise ValueError(str(error)) from error
-        return cells
+        if twice := [name for name, many in Counter(name for name, _ in found).items() if many > 1]:
+            raise ValueError(f"two cells are called {twice[0]}")
+        return dict(found)
 
     def require_cells(self) -> Self:
         """Refuse seeds that are none, and differences and claims of cells that are none.
@@ -207,6 +214,23 @@ class Experiment(Section):
                     f"cells.{name} lacks {' and '.join([*([] if cell.minutes else ['minutes']), *missing])}, "
                     "and there is no hardware to reckon it for"
                 )
+
+
+def _varied(name: str, cell: Cell) -> Iterator[tuple[str, Cell]]:
+    """Yield a cell, then those that ``vary`` makes of it, by name."""
+    yield name, cell.model_copy(update={"vary": {}})
+    for key, values in cell.vary.items():
+        *path, last = key.split(".")
+        for value in values:
+            settings = deepcopy(cell.set)
+            section = settings
+            for part in path:
+                section = section.setdefault(part, {})
+                if not isinstance(section, dict):
+                    raise ValueError(f"{name}.vary has {key!r}, and {part} is no section")
+            section[last] = value
+            title = f"{cell.title}, {last.replace('_', ' ')} {value}"
+            yield f"{name}-{value}", cell.model_copy(update={"set": settings, "vary": {}, "title": title})
 
 
 def names(scale: Scale = "cpu") -> list[str]:

@@ -115,6 +115,22 @@ def _merged(whole: dict[str, Any], text: str) -> dict[str, Any]:
     return changed
 
 
+def test_a_cell_that_varies_a_key_is_a_cell_for_each_value_too() -> None:
+    coded = CELLS["coded"] | {"vary": {"codec.down": ["none", "quantize(bits=4)"], "training.lr": []}}
+    with pytest.raises(ValueError, match="at most 1 item"):
+        experiment(cells=CELLS | {"coded": coded})
+    coded["vary"] = {"training.batch_size": [4, 2]}
+    found = experiment(cells=CELLS | {"coded": coded}).cells
+    assert [*found] == ["plain", "coded", "coded-4", "coded-2", "alone"]
+    assert found["coded-2"].title == "in <b>8</b> bits, batch size 2"
+    assert found["coded-2"].set == {"codec": {"up": "quantize(bits=8)"}, "training": {"batch_size": 2}}
+    assert found["coded"].set == CELLS["coded"]["set"]
+    with pytest.raises(ValueError, match="two cells are called coded-4"):
+        experiment(cells=CELLS | {"coded": coded, "coded-4": CELLS["plain"]})
+    with pytest.raises(ValueError, match=r"coded.vary has 'codec.up.x', and up is no section"):
+        experiment(cells=CELLS | {"coded": coded | {"vary": {"codec.up.x": [1]}}})
+
+
 def test_what_is_no_experiment_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no experiment 'lorra'; did you mean lora\?, or a TOML"):
         read("lorra")

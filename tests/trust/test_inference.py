@@ -10,8 +10,8 @@ import scipy.stats
 import torch
 from torch.nn import functional
 
-from simulations.bench.privacy import inference
-from simulations.bench.privacy.inference import Shadows, attacked, clipped_sum, sureness, trained
+from simulations.bench import privacy
+from simulations.bench.privacy import Shadows, attacked, clipped_sum, sureness, trained
 
 
 @pytest.mark.parametrize("gap", [0.0, 1.0, 3.0])
@@ -61,4 +61,4 @@ def test_noise_takes_the_attack_what_it_sees() -> None:
     assert found[0]["advantage"] > 0.9
     assert found[0]["advantage"] > found[1]["advantage"] + 0.2 > found[2]["advantage"] + 0.2
     assert found[2]["advantage"] < 0.1
-    assert inference.advantage(np.ones(3), np.ones(3)) == 0
+    assert privacy.advantage(np.ones(3), np.ones(3)) == 0

@@ -27,7 +27,6 @@ from fedllm.tensors import Tensors, TensorSpec
 from server.rounds import privacy as rounds_privacy
 from server.rounds.privacy import Privacy
 from server.rounds.state import ServerState
-from simulations.bench.privacy.budgets import compare
 from simulations.engines.loopback import loopback
 from strategies import private
 from strategies.private import PrivateSum, reach, with_noise
@@ -327,14 +326,3 @@ def test_a_private_run_that_is_killed_ends_with_the_same_bits(
     ):
         run(more, tmp_path / "run")
     assert Run(tmp_path / "run").goes_on_to is None
-
-
-@pytest.mark.slow
-def test_the_benchmark_sets_accuracy_against_budgets(tiny_encoder: Path, tiny_texts: Path) -> None:
-    training = {"local_steps": 4, "batch_size": 8, "learning_rate": 5e-2}
-    sections: dict[str, Any] = {"rounds": 3, "training": training, "server": {}, "privacy": {"clip": 2.0}}
-    found = compare(configuration(tiny_encoder, tiny_texts, **sections), [math.inf, 1.0])
-    assert found["epsilon inf"]["noise_multiplier"] == 0 < found["epsilon 1"]["noise_multiplier"]
-    assert found["epsilon inf"]["accuracy"] > found["epsilon 1"]["accuracy"]
-    assert found["epsilon inf"]["spent"] == 0
-    assert 0.99 < found["epsilon 1"]["spent"] <= 1
