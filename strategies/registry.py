@@ -150,6 +150,11 @@ def resolve_keys(document: Mapping[str, Any], overrides: Iterable[Override] = ()
     config = resolve(document, overrides, methods=method_names(), options=method_options)
     task = tasks.of(config)
     require_effect(config, method_options(config.method), task.unread(), map(read_override, overrides))
+    if config.tuning.blocks > 1 and "tuning.blocks" in method_options(config.method).unread:
+        raise ConfigError(
+            f'method = "{config.method}" trains all layers in every round, and tuning.blocks = '
+            f'{config.tuning.blocks}: set it to 1, or take method = "fedavg" or "lora"'
+        )
     if config.evaluation.every and config.evaluation.metric is None and config.metric not in task.metrics:
         evaluation = config.evaluation.model_copy(update={"metric": task.metrics[0]})
         config = config.model_copy(update={"evaluation": evaluation})

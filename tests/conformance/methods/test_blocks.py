@@ -139,6 +139,12 @@ def test_what_cannot_go_with_turns_is_refused(settings: list[str], sentence: str
         open_method(resolve_run({}, ["tuning.blocks=2", *settings]))
 
 
+@pytest.mark.parametrize("method", ["fedkd", "fwdllm", "mezo", "scaffold", "fednova"])
+def test_a_file_with_turns_is_refused_under_a_method_that_takes_none(method: str) -> None:
+    with pytest.raises(ConfigError, match=f'method = "{method}" trains all layers in every round'):
+        resolve_run({"tuning": {"blocks": 2}}, [f"method={method}"])
+
+
 def test_an_order_without_turns_has_no_effect() -> None:
     with pytest.raises(ConfigError, match=r"tuning\.block_order is for tuning\.blocks above 1"):
         resolve_run({}, ["tuning.block_order=down"])
