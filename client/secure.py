@@ -97,7 +97,7 @@ def masked(session: Session, place: NodeContext, instruction: Instruction, reply
     """Mask an answer: the values that the server would have decoded, weighted, as integers of a ring."""
     config, codec, method = session.config, session.codecs.up, session.method
     view = method.view(session.initial, place.node)
-    spec = method.spec(Exchange(instruction.kind, instruction.arguments), view)
+    spec = method.expected(Exchange(instruction.kind, instruction.arguments), view, place.node)
     at = (instruction.round, instruction.index)
     upload = Upload(instruction.kind, *at, place.node, instruction.progress)
     tensors = Uplink(config, codec).receive(upload, reply.payload, spec, {}).tensors

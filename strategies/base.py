@@ -218,6 +218,14 @@ class Method(ABC):
     def spec(self, exchange: Exchange, tensors: Tensors) -> Spec:
         """What the tensors of an answer must look like, given the node's view of the global ones."""
 
+    def expected(self, exchange: Exchange, view: Tensors, node: int) -> Spec:
+        """What the answer of one client must look like, given its view of the global tensors."""
+        return self.spec(exchange, view)
+
+    def gated(self, node: int) -> bool:
+        """Server: whether the length of a client's answer is that of an update, and bounded as such."""
+        return True
+
     def updates(self, tensors: Tensors) -> Spec:
         """Every tensor that an update holds in some round, given the global ones."""
         return self.spec(Exchange("fit"), tensors)

@@ -143,8 +143,11 @@ def _precision(config: RunConfig, deployed: bool) -> tuple[str, str]:
     """Return the precision of the frozen part where it is left open, and why."""
     if config.tuning.peft == "full":
         return "float32", 'tuning.peft = "full" leaves nothing frozen'
-    if not method_options(config.method).descends:
+    options = method_options(config.method)
+    if options.slopes:
         return "float32", f'method = "{config.method}" measures slopes, which bfloat16 would round'
+    if not options.descends:
+        return "float32", f'method = "{config.method}" does not say that its clients train by gradient'
     if deployed:
         return "float32", "the devices' processors are not known here"
     if computes_bfloat16(chosen_device()):

@@ -16,6 +16,7 @@ class MethodOptions(Section):
         implementation: where the method itself is, as ``"module:class"``; imported once it is chosen.
         descends: whether its clients take ``training.local_steps`` steps down the gradient, so that their
             number and rate can be chosen from the texts.
+        slopes: whether its clients measure slopes of the loss, which a base of low precision rounds.
         unread: keys of the run's other sections that the method does not read, such as ``tuning.rank``.
         needs: options that only count beside another: its name, and the values that let them count.
     """
@@ -23,5 +24,6 @@ class MethodOptions(Section):
     method: ClassVar[str]
     implementation: ClassVar[str]
     descends: ClassVar[bool] = False
+    slopes: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}

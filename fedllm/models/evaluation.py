@@ -32,7 +32,7 @@ def evaluate(
         tokens: the texts.
         batch_size: texts at a time at most; see :meth:`fedllm.models.model.Model.batches`.
         around: opened around each batch's pass with the batch's indices, as
-            :meth:`strategies.fwdllm.activations.FeatureCache.around`, which spares the frozen layers.
+            :meth:`strategies.forward.activations.FeatureCache.around`, which spares the frozen layers.
 
     Raises:
         ModelError: there is no text, or none of which anything is predicted.

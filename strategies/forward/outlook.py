@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
-from fedllm.models.model import Model
+import torch
+
 from strategies.forward.slopes import expected_cosine
 
 __all__ = ["announce", "warn_of_setup"]
@@ -17,15 +19,15 @@ _LARGE_SETUP = 200_000
 """Bytes of setup statistics per client from which on a slow link deserves a warning."""
 
 
-def announce(model: Model, directions: int, remedy: str) -> None:
-    """Say how many parameters are trained and how well a round's step can point; warn where it is hopeless.
+def announce(parameters: Mapping[str, torch.Tensor], directions: int, remedy: str) -> None:
+    """Say how many parameters are probed and how well a round's step can point; warn where it is hopeless.
 
     Args:
-        model: with what is trained.
+        parameters: that directions run through.
         directions: that a round probes, all clients together.
         remedy: the option that raises them.
     """
-    count = sum(parameter.numel() for parameter in model.trainable().values())
+    count = sum(parameter.numel() for parameter in parameters.values())
     cosine = expected_cosine(directions, count)
     logger.info(
         "%d trained parameters, %d directions a round: expected cosine to the gradient %.3f",

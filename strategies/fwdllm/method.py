@@ -35,17 +35,17 @@ from fedllm.host.allocator import give_back_large_blocks
 from fedllm.models import model as models
 from fedllm.models.evaluation import evaluate
 from fedllm.models.model import Model
-from fedllm.randomness import stream
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, TensorSpec, dense_bytes, spec_of
-from strategies.base import Answer, Commit, Exchange, Method, Passes, Replay, Reply, State, Step, Work
+from strategies.base import Answer, Commit, Exchange, Method, Replay, Reply, State, Step, Work
+from strategies.forward.activations import ActivationCache, FeatureCache, stack_of
 from strategies.forward.cohort import MOST_INDICES, Cohort, gradient, halves, pack_cohort, unpack_cohort
 from strategies.forward.directions import Direction, Kind
 from strategies.forward.outlook import announce, warn_of_setup
-from strategies.forward.slopes import Slopes, batch_loss, passes, settled, slopes
+from strategies.forward.probing import Prober
+from strategies.forward.slopes import Slopes, settled
 from strategies.forward.uploads import check_codecs, check_count, check_training
 from strategies.forward.vectors import Flat, entries, flatten, norm, shaped
-from strategies.fwdllm.activations import ActivationCache, FeatureCache, stack_of
 from strategies.fwdllm.options import Options
 from strategies.fwdllm.pacing import Gate, signal_to_noise, stretch
 from strategies.fwdllm.selection import Choice, choose
@@ -102,6 +102,15 @@ class FwdLLM(Method):
         self.private = self.options.shared and self.options.warm_start == "none"
         self.gate = Gate(self.options.pacing, self.options.threshold, self.options.max_exchanges)
         self.cache = ActivationCache(self.options.cache_bytes)
+        self.probe = Prober(
+            config,
+            self.options.estimator,
+            self.kind,
+            self.options.radius,
+            self.options.parallel,
+            self.cache,
+            use_cache=self.options.cache,
+        )
         self.features = FeatureCache(self.options.cache_bytes if self.options.cache else 0)
         self._least_norm = 0.0
 
@@ -115,7 +124,7 @@ class FwdLLM(Method):
         give_back_large_blocks()
         model = models.load(self.config, labels)
         probed = self.options.directions * (1 if self.options.shared else self.config.cohort)
-        announce(model, probed, "fwdllm.directions")
+        announce(model.trainable(), probed, "fwdllm.directions")
         stack = stack_of(model.module)
         if self.options.cache and stack.frozen:
             logger.info("hidden states of %d of %d layers are cached", stack.frozen, len(stack.layers))
@@ -192,7 +201,7 @@ class FwdLLM(Method):
         if work.kind == "setup":
             return self._start(work)
         choice = self._choose(work.round, work.node, work.index, _guide_of(work), entries(work.tensors))
-        measured, cost = self._probe(work, self._directions(work.round, work.node, choice.indices))
+        measured, cost = self.probe(work, self._directions(work.round, work.node, choice.indices))
         rms = math.sqrt(float((choice.weights * measured.astype(np.float64) ** 2).mean()))
         if self.options.upload == "scalars":
             answer: Tensors = {"slopes": torch.from_numpy(measured)}
@@ -235,26 +244,6 @@ class FwdLLM(Method):
     @property
     def _batch_size(self) -> int:
         return self.config.training.batch_size
-
-    def _probe(self, work: Work, names: list[Direction]) -> tuple[Slopes, Passes]:
-        """Measure the slopes along ``names``; also return the cost in passes through the whole model."""
-        options, model = self.options, work.model
-        order = stream(self.config.seed, "batches", work.round, work.node).permutation(len(work.train))
-        indices = order[: self._batch_size]
-        loss = batch_loss(model, work.train.batch(indices))
-        shortcut = self.cache.open(model, work.train, use=options.cache)
-        with settled(model.module), shortcut.resumed(indices):
-            found = slopes(
-                options.estimator,
-                loss,
-                {name: p.detach() for name, p in model.trainable().items()},
-                names,
-                kind=self.kind,
-                radius=options.radius,
-                parallel=options.parallel,
-            )
-        count = passes(len(names), options.estimator, options.parallel)
-        return found, shortcut.cost(count, self.config)
 
     def score(self, model: Model, test: Tokens) -> dict[str, float]:
         """Server: score a model; from the second time on without its frozen lower layers."""

@@ -22,6 +22,7 @@ class Options(MethodOptions):
 
     method = "fwdllm"
     implementation = "strategies.fwdllm.method:FwdLLM"
+    slopes = True
     unread = (
         "training.local_steps",
         "training.optimizer",

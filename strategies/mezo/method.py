@@ -75,7 +75,9 @@ class MeZO(Method):
         """Load the base model with its adapter, and say what a round can be expected to achieve."""
         give_back_large_blocks()
         model = models.load(self.config, labels)
-        announce(model, self.config.cohort * self.config.training.local_steps, "training.local_steps")
+        announce(
+            model.trainable(), self.config.cohort * self.config.training.local_steps, "training.local_steps"
+        )
         return model
 
     def try_out(self, model: Model, batch: Batch) -> list[str]:

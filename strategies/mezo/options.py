@@ -14,6 +14,7 @@ class Options(MethodOptions):
 
     method = "mezo"
     implementation = "strategies.mezo.method:MeZO"
+    slopes = True
     unread = ("training.optimizer", "model.dropout", "tuning.blocks", "tuning.block_order")
 
     candidates: int = Field(0, ge=0, le=65_536)

@@ -32,6 +32,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (NATIVE, True, [], "float32", "devices' processors"),
         (NATIVE, False, ["method=fedavg", "tuning.peft=full"], "float32", "leaves nothing frozen"),
         (NATIVE, False, ["method=mezo"], "float32", "measures slopes"),
+        (NATIVE, False, ["method=mixed"], "float32", "measures slopes"),
     ],
 )
 def test_the_frozen_part_is_halved_where_that_is_native_and_loses_nothing(

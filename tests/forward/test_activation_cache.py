@@ -14,8 +14,8 @@ from transformers import DebertaV2Config, DebertaV2Model
 from fedllm.models.evaluation import evaluate
 from fedllm.models.network import Network
 from strategies.base import Exchange
+from strategies.forward.activations import ActivationCache, FeatureCache, stack_of
 from strategies.forward.slopes import batch_loss, settled
-from strategies.fwdllm.activations import ActivationCache, FeatureCache, stack_of
 from strategies.session import Session
 from tests.conformance.federation import ask, start
 from tests.forward.test_fwdllm import P, session_with

@@ -26,9 +26,9 @@ from fedllm.config import RunConfig
 from fedllm.data.tokens import Batch, Tokens
 from fedllm.models.model import Model
 from fedllm.models.network import Network
+from strategies.forward.activations import ActivationCache
 from strategies.forward.directions import Direction, flat
 from strategies.forward.slopes import Estimator, batch_loss, settled, slopes
-from strategies.fwdllm.activations import ActivationCache
 from strategies.session import Session
 from tests.parts import quick, task_of
 

@@ -99,7 +99,10 @@ class Intake:
         opened.accepted[node] = replace(told, examples=reply.examples)
         digest = wire.digest(told, self._messages.run, node)
         opened.replies.append(Sent(node, digest, opened.exchange.kind, told.signature.hex()))
-        norm = reply.norm if opened.exchange.kind == "fit" and opened.secure is None else None
+        measured = opened.exchange.kind == "fit" and opened.secure is None and self._method.gated(node)
+        norm = reply.norm if measured else None
+        if not self._method.gated(node):
+            metrics.pop("update_norm", None)
         if norm is not None:
             opened.norms.append(norm)
             opened.values += sum(int(tensor.count_nonzero()) for tensor in reply.tensors.values())

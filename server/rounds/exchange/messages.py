@@ -165,7 +165,7 @@ class Messages:
             self.signatures.check(node, kind, reply)
         if opened.secure is not None:
             return reply, self._secured(opened.secure, reply, opened, member, view, at)
-        expected: Spec = {} if kind == "evaluate" else self.method.spec(opened.exchange, view)
+        expected: Spec = {} if kind == "evaluate" else self.method.expected(opened.exchange, view, node)
         if (reply.round, reply.index) != at:
             raise WireError(f"answers exchange {(reply.round, reply.index)}, asked was {at}")
         # A client that lost its state begins a new estimate, and so does the server.
@@ -175,7 +175,8 @@ class Messages:
         if received.estimate:
             opened.estimates[node] = received.estimate
         # Statistics of a setup have bounds of their own, which their method knows.
-        bounds = opened.limits if upload.coded else gates.Limits(opened.limits.examples)
+        gated = upload.coded and self.method.gated(node)
+        bounds = opened.limits if gated else gates.Limits(opened.limits.examples)
         norm = gates.check(received.tensors, expected, bounds)
         tensors = self._uplink.clip(upload, received.tensors, norm)
         _require_introduced(reply, member.held_out if kind == "evaluate" else member.examples)
@@ -201,7 +202,7 @@ class Messages:
             return Reply(node, {}, 0, {})
         _require_introduced(reply, member.examples)
         weight = min(reply.examples, opened.limits.examples)
-        values = sum(item.numel for item in self.method.spec(opened.exchange, view).values())
+        values = sum(item.numel for item in self.method.expected(opened.exchange, view, node).values())
         secure.take_masked(node, reply.payload, values, weight, reply.facts.get(wire.TASK, ""))
         self.downlink.sent.known[node] = opened.begun[node][1]
         return Reply(node, {}, weight, reply.metrics, reply.examples)
@@ -224,8 +225,8 @@ class Messages:
         A codec may pad and add tables, which for the smallest tensors can be more than the tensors; none
         makes four times as much of what is worth a bound.
         """
-        views = (self.method.view(state.tensors, node) for node in opened.nodes)
-        specs = (self.method.spec(opened.exchange, view) for view in views)
+        views = {node: self.method.view(state.tensors, node) for node in opened.nodes}
+        specs = (self.method.expected(opened.exchange, view, node) for node, view in views.items())
         evaluates = opened.exchange.kind == "evaluate"
         return LEAST_BOUND + 4 * (0 if evaluates else max(map(dense_bytes, specs), default=0))
 

@@ -18,12 +18,15 @@ from fedllm.runs.reader import Run
 from fedllm.runs.summary import fairness_sentence
 from fedllm.runs.totals import node_totals
 from fedllm.runs.writer import RunStore
-from fedllm.tensors import pack
+from fedllm.tensors import Spec, Tensors, TensorSpec, pack
 from server.dashboard.pages import charts
 from server.rounds.roster import Member, Roster
 from server.rounds.state import ServerState
 from simulations.engines.loopback import loopback
 from simulations.results import report
+from strategies.averaging import MeanAccumulator
+from strategies.base import Exchange
+from strategies.base import Reply as Counted
 from tests.rounds.conftest import LeapingClock
 from tests.rounds.scripted import EXAMPLES, Mean, constant, engine_of, grid_of, play, scripted, send
 
@@ -254,6 +257,39 @@ def test_an_update_ten_times_as_long_as_usual_is_rejected(tmp_path: Path) -> Non
         "update norm 17.49 exceeds server.norm_ratio = 10 times the usual 1.732; "  # sqrt(3) * 10.1
         "raise it if honest updates are longer, or set it to 0"
     )
+
+
+class Apart(Mean):
+    """The mean of what all send but client 2, whose three numbers are something else."""
+
+    def expected(self, exchange: Exchange, view: Tensors, node: int) -> Spec:
+        return {"numbers": TensorSpec((3,))} if node == 2 else self.spec(exchange, view)
+
+    def gated(self, node: int) -> bool:
+        return node != 2
+
+    def fold(self, acc: MeanAccumulator, kind: str, reply: Counted) -> MeanAccumulator:
+        return acc if reply.node == 2 else super().fold(acc, kind, reply)
+
+
+def test_an_answer_of_another_kind_has_a_shape_of_its_own_and_no_length(tmp_path: Path) -> None:
+    """However long it is, it passes, and nobody learns from it how long updates are."""
+    config = scripted(rounds=2, clients=4, server={"norm_ratio": 10.0, "max_update_norm": 50.0})
+
+    def script(node: int, asked: Instruction) -> Reply:
+        other = {"numbers": torch.full((3,), 1e6)}
+        return send(config, node, asked, other if node >= 2 else constant(1.0))
+
+    method = Apart(config)
+    method.stride = lambda tensors: 1.0  # type: ignore[method-assign]
+    engine = play(config, tmp_path / "run", script, method=method)
+    rows = [row for row in Run(tmp_path / "run").nodes() if row.exchange == "fit"]
+    found = {(row.round, row.node): (row.status, row.update_norm) for row in rows}
+    assert found[1, 2] == found[2, 2] == ("accepted", None)
+    assert found[1, 0] == ("accepted", pytest.approx(math.sqrt(3)))
+    assert found[1, 3][0] == found[2, 3][0] == "rejected"  # read as an update, it is far too long
+    assert engine.state.usual.norm == pytest.approx(math.sqrt(3))
+    assert engine.state.current.tensors["a"].tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.001])
