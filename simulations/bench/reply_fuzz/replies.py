@@ -54,6 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "slopes": {"method": "fwdllm", "options": {"directions": 3}},
     "chosen slopes": {"method": "fwdllm", "options": {"directions": 3, "candidates": 2}},
     "start": {"method": "fwdllm", "options": {"directions": 3, "warm_start": "ridge"}},
+    "updates and slopes": {"method": "mixed", "options": {"directions": 3}},
     "shared directions": {"method": "mezo", "options": {"candidates": 16}},
 }
 """Runs that take replies in differently; each is a row of the fuzz."""
@@ -189,8 +190,9 @@ class _Stage(LoopbackGrid):
         if asked.kind == "describe":
             return Reply(0, 0, 50 + node, {"node": float(node)}, {"platform": "stage"})
         random = stream(config.seed, "stage", *at, node)
-        view = self._method.view(self._like, node % config.clients)
-        spec = self._method.spec(Exchange(asked.kind, asked.arguments), view)
+        number = node % config.clients
+        view = self._method.view(self._like, number)
+        spec = self._method.expected(Exchange(asked.kind, asked.arguments), view, number)
         if asked.kind == "setup":
             answer = statistics(
                 lambda rows: torch.from_numpy(random.normal(size=(len(rows), _WIDTH))),

@@ -23,6 +23,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "fedavg": {"tuning": {}, "server": {"sample": 3, "optimizer": "adam"}, "codec": {"up": FEEDBACK}},
     "fwdllm": {"options": {"directions": 3, "warm_start": "ridge", "schedule": "constant"}},
     "mezo": {},
+    "mixed": {"options": {"directions": 3}},
     "fedkd": {"options": {"layers": 1}, "codec": {"up": FEEDBACK, "down": FEEDBACK}},
 }
 """Every method, each with something that goes from round to round: residuals, moments, scalars, teachers."""
