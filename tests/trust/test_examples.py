@@ -117,6 +117,37 @@ def test_gradients_are_those_of_each_text_by_itself(
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # at the lowest trained layers
+def test_gradients_are_those_of_opacus(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its GradSampleModule and DPOptimizer without noise, on all of a client's texts at once."""
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    monkeypatch.setattr(private, "gaussian", silent)
+    monkeypatch.setattr(steps, "batch_rate", lambda config, texts: 1.0)
+    work = work_of(session)
+    found = made(session, work)
+    wrapped = GradSampleModule(session.model.module, strict=False)
+    try:
+        session.model.loss(work.train.whole()).backward()
+        parameters = session.model.trainable()
+        theirs = DPOptimizer(
+            torch.optim.SGD(parameters.values()),
+            noise_multiplier=0.0,
+            max_grad_norm=EXAMPLE["clip"],
+            expected_batch_size=session.config.training.batch_size,
+        )
+        theirs.pre_step()
+        expected = {name: one.grad.clone() for name, one in parameters.items() if one.grad is not None}
+    finally:
+        wrapped.to_standard_module()
+        for one in session.model.trainable().values():
+            one.grad = None
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, rtol=1e-4, atol=1e-7)
+
+
 def _with(session: Session, config: RunConfig) -> Session:
     other = Session(config)
     other.__dict__["_built"] = session._built

@@ -310,7 +310,10 @@ def test_what_is_no_version_is_refused(version: str) -> None:
         claims.facts({"fedllm": version})
 
 
-@pytest.mark.parametrize("name", quick(["averaged", "mixed ranks", "estimates", "start"], "averaged"))
+_FUZZED = ["averaged", "mixed ranks", "estimates", "start", "updates and slopes"]
+
+
+@pytest.mark.parametrize("name", quick(_FUZZED, "averaged"))
 def test_hostile_replies_neither_end_nor_bend_a_run(name: str) -> None:
     found = fuzz(100, 50, configs=[name])
     assert isinstance(found["sent"], dict)
