@@ -55,6 +55,7 @@ class Federation:
         ahead: float = 0.0,
         namespace: str = "",
         idle: float = 0.0,
+        peers: Path | None = None,
         wait: bool = True,
     ) -> None:
         """Start devices and wait until the SuperLink sees them.
@@ -65,6 +66,7 @@ class Federation:
             ahead: seconds by which their clocks are ahead.
             namespace: network namespace in which they live.
             idle: seconds without work after which their workers end; 0 is never.
+            peers: certificates of those with whom alone they sit in a sum.
             wait: whether they are expected to get in.
         """
         for node in nodes:
@@ -77,6 +79,7 @@ class Federation:
                 ahead=ahead,
                 namespace=namespace,
                 idle=idle,
+                peers=peers,
             )
         if wait:
             until(lambda: {f"node-{node}" for node in nodes} <= self.online())

@@ -35,18 +35,19 @@ def start_device(
     ahead: float = 0.0,
     namespace: str = "",
     idle: float = 0.0,
+    peers: Path | None = None,
 ) -> Child:
     """Start a device, by choice in a network namespace; its clock is ``ahead`` seconds ahead.
 
     Its worker ends when there was no work for ``idle`` seconds; 0 is never, as a busy machine needs it.
     """
-    data_path = None if data is None else str(data)
     options = {
         "bundle": str(bundle.folder),
         "state": str(state),
-        "data": data_path,
+        "data": None if data is None else str(data),
         "ahead": ahead,
         "idle": idle,
+        "peers": None if peers is None else str(peers),
     }
     command = [sys.executable, "-m", "tests.deployment.unlucky"]
     if namespace:
@@ -54,7 +55,7 @@ def start_device(
     return Child(command, {OPTIONS: json.dumps(options)}, log)
 
 
-def device(bundle: str, state: str, data: str | None, ahead: float, idle: float) -> None:
+def device(bundle: str, state: str, data: str | None, ahead: float, idle: float, peers: str | None) -> None:
     """Take part as ``fedllm client`` does, with a worker whose answers another function gives."""
     from client.device import checks
     from client.device import supervisor as device
@@ -77,7 +78,12 @@ def device(bundle: str, state: str, data: str | None, ahead: float, idle: float)
     device._worker_command = lambda *given: [*worker(*given), "--answer", ANSWER]
     device._supernode_command = without_luck
     here = device.Device(
-        Bundle.read(Path(bundle)), Path(state), data=data and Path(data), threads=1, idle_unload=idle
+        Bundle.read(Path(bundle)),
+        Path(state),
+        data=data and Path(data),
+        peers=peers and Path(peers),
+        threads=1,
+        idle_unload=idle,
     )
     device.join(here, report=print, status=print)
 

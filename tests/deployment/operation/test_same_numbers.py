@@ -27,6 +27,7 @@ METHODS = {
     "fedavg": {},
     "fwdllm": {},
     "fedkd": {},
+    "mixed": {},
 }
 
 
