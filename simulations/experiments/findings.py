@@ -16,6 +16,8 @@ from simulations.results.intervals import Interval, by_seed, interval, paired
 
 __all__ = ["columns", "findings", "said", "shown", "spread", "title", "value"]
 
+_ROUNDING = 1e-12
+"""What sums of floating-point numbers may be off by: a difference of -1e-17 is none."""
 Values = dict[int, float]
 """Of a cell, by seed."""
 
@@ -155,7 +157,7 @@ def _verdict(claim: Claim, found: Mapping[str, Any] | None, unjudged: str) -> st
         return f"not judged: {claim.of} and {claim.against} have no seed in common that is finished"
     assert claim.at_least is not None  # the reader saw to that
     lacking = claim.at_least - found["mean"]
-    if lacking <= 0:
+    if lacking <= _ROUNDING:
         return "met"
     amount = times(lacking) if claim.kind == "times_fewer" else said(claim.measure, lacking)
     return f"missed by {amount}"
@@ -175,5 +177,5 @@ def shown(one: Mapping[str, Any]) -> str:
     if one["kind"] == "times_fewer":
         told = [times(end) for end in ends]
     else:
-        told = [("+" if end >= 0 else "-") + said(one["measure"], abs(end)) for end in ends]
+        told = [("+" if end >= -_ROUNDING else "-") + said(one["measure"], abs(end)) for end in ends]
     return told[0] + (f" [{told[1]}, {told[2]}]" if len(told) > 1 else "")

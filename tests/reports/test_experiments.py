@@ -27,7 +27,7 @@ from simulations import running
 from simulations.experiments import figures
 from simulations.experiments.cells import CellRun, forecast, lay_out, selected, unfinished
 from simulations.experiments.definition import Experiment, names, read
-from simulations.experiments.findings import findings
+from simulations.experiments.findings import findings, shown
 from simulations.experiments.report import write
 from tests.commands.conftest import fedllm as fedllm
 from tests.parts import quick
@@ -248,6 +248,18 @@ def test_cells_have_mean_and_deviation_and_differences_are_paired(
     (difference,) = found["differences"]
     assert difference["found"]["mean"] == pytest.approx(-0.02 / 3)
     assert (difference["found"]["low"], difference["found"]["high"]) == pytest.approx(tuple(expected))
+
+
+def test_what_rounding_makes_of_a_difference_of_nothing_is_no_miss(tmp_path: Path) -> None:
+    """Of 890 texts 855, 851 and 846 against 853, 852 and 847: sums are equal, and floats' are not."""
+    plain, coded = (855 / 890, 851 / 890, 846 / 890), (853 / 890, 852 / 890, 847 / 890)
+    asked = experiment(claims=[{**PAIR, "paper": "no less", "at_least": 0.0}])
+    runs = lay_out(asked, tmp_path)
+    made(runs, {"plain": plain, "coded": coded}, {"plain": 1, "coded": 1})
+    (claim,) = findings(asked, runs, {})["claims"]
+    assert -1e-15 < claim["found"]["mean"] < 0
+    assert claim["verdict"] == "met"
+    assert shown(claim).startswith("+0.0000 [")
 
 
 def test_claims_are_met_or_missed_by_so_much_or_not_judged(
