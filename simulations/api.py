@@ -274,8 +274,9 @@ class Run:
             out: the folder.
             round: as for :meth:`predict`.
             format: ``merged``: a plain transformers model, the adapter in its weights; ``onnx``: a graph for
-                ONNX Runtime; ``int8``, ``int4``: that quantised; ``gguf``, ``gguf-q8_0``: a file for
-                llama.cpp in float16, in eight bits. Unset: what the run trained, an adapter or a model.
+                ONNX Runtime; ``int8``, ``int4``: that quantised; ``gguf``, ``gguf-q8_0``,
+                ``gguf-q4_k``: a file for llama.cpp in float16, in eight bits, in about five. Unset: what the
+                run trained, an adapter or a model.
         """
         from simulations.results.predict import export
         from simulations.results.shipping.ship import ship

@@ -14,7 +14,7 @@ from simulations.experiments.cells import CellRun
 from simulations.experiments.definition import Claim, Difference, Experiment
 from simulations.results.intervals import Interval, by_seed, interval, paired
 
-__all__ = ["columns", "findings", "said", "shown", "spread", "title", "value"]
+__all__ = ["columns", "findings", "moved", "said", "shown", "spread", "title", "value"]
 
 _ROUNDING = 1e-12
 """What sums of floating-point numbers may be off by: a difference of -1e-17 is none."""
@@ -41,6 +41,11 @@ def value(run: Run, name: str) -> float | None:
         raise ConfigError(f"measure = {name!r} is no section of summary.json and a key in it")
     found = summary[section].get(key)
     return None if found is None else float(found)
+
+
+def moved(name: str) -> bool:
+    """Whether a measure is of what crosses the network, of which a run without a federation has none."""
+    return name.startswith("bytes.")
 
 
 def title(name: str) -> str:
@@ -97,8 +102,7 @@ def findings(
         own = [
             (run.config.seed, stored[run.label]) for run in runs if run.cell == cell and run.label in stored
         ]
-        # What one client moves to itself crosses no network.
-        if name.startswith("bytes.") and experiment.cells[cell].baseline:
+        if moved(name) and experiment.cells[cell].baseline:
             return {}
         told = ((seed, value(run, name)) for seed, run in own)
         return by_seed((seed, found) for seed, found in told if found is not None)

@@ -16,7 +16,7 @@ from fedllm.runs.reader import Run
 from simulations.experiments import figures, spectra
 from simulations.experiments.cells import CellRun
 from simulations.experiments.definition import Experiment
-from simulations.experiments.findings import said, shown, title, value
+from simulations.experiments.findings import moved, said, shown, title, value
 from simulations.results import plots
 from simulations.results.report import environment
 
@@ -69,7 +69,7 @@ def write(
         plots.save(figure, out / "figures" / f"{name}.png")
     made = provenance(made_by=_made_by([Run(run.folder).provenance for run in machine]))
     replace_file(out / "environment.json", to_json(made, indent=2))
-    replace_file(out / "cells.csv", _csv(found, runs, command))
+    replace_file(out / "cells.csv", _csv(experiment, found, runs, command))
     parts = [*tables(experiment, found), _origin(made, len(machine), command("LABEL"))]
     replace_file(out / "report.md", f"# {experiment.title}\n\n{markdown(_with(parts, drawn))}")
     told = {name: (caption, Markup(plots.svg(figure, name))) for name, (caption, figure) in drawn.items()}
@@ -202,7 +202,12 @@ def _origin(made: Mapping[str, Any], runs: int, command: str) -> _Part:
     return _Part("Where the numbers come from", texts, ("of", "what"), list(dict.fromkeys(rows)), (0, 1))
 
 
-def _csv(found: Mapping[str, Any], runs: Sequence[CellRun], command: Callable[[str], str]) -> str:
+def _csv(
+    experiment: Experiment,
+    found: Mapping[str, Any],
+    runs: Sequence[CellRun],
+    command: Callable[[str], str],
+) -> str:
     measures = [*found["columns"]]
     measures += [one["measure"] for part in ("differences", "claims") for one in found[part]]
     measures = list(dict.fromkeys(measures))
@@ -211,7 +216,8 @@ def _csv(found: Mapping[str, Any], runs: Sequence[CellRun], command: Callable[[s
     rows.writerow(["label", "cell", "seed", "status", *measures, "folder", "command", "reason"])
     for run in runs:
         stored = Run(run.folder) if run.status == "finished" else None
-        told = ["" if stored is None else value(stored, name) for name in measures]
+        alone = experiment.cells[run.cell].baseline is not None
+        told = ["" if stored is None or (alone and moved(name)) else value(stored, name) for name in measures]
         reason = found["failed"].get(run.label, "")
         row = [run.label, run.cell, run.config.seed, run.status, *told]
         rows.writerow([*row, run.folder, command(run.label), reason])

@@ -20,9 +20,10 @@ PANEL = "Simulations and results"
 
 Which = int | Literal["best"] | None
 """A round whose checkpoint is there, the best one, or the last."""
-Format = Literal["merged", "onnx", "int8", "int4", "gguf", "gguf-q8_0"]
+Format = Literal["merged", "onnx", "int8", "int4", "gguf", "gguf-q8_0", "gguf-q4_k"]
 """``merged``: a plain transformers model; ``onnx``: a graph for ONNX Runtime, ``int8`` and ``int4``: it
-quantised; ``gguf``: a file for llama.cpp in float16, ``gguf-q8_0``: in eight bits."""
+quantised; ``gguf``: a file for llama.cpp in float16, ``gguf-q8_0`` and
+``gguf-q4_k``: in eight bits, and in about five."""
 
 AtRound = Annotated[
     str | None,

@@ -173,8 +173,8 @@ def export(
         Format | None,
         typer.Option(
             help="merged: a plain transformers model, the adapter in its weights; onnx: a graph for ONNX "
-            "Runtime; int8, int4: that quantised; gguf, gguf-q8_0: a file for llama.cpp in float16, in eight "
-            "bits. Default: what the run trained, an adapter or a model.",
+            "Runtime; int8, int4: that quantised; gguf, gguf-q8_0, gguf-q4_k: a file for llama.cpp in "
+            "float16, in eight bits, in about five. Default: what the run trained, an adapter or a model.",
         ),
     ] = None,
     check: Annotated[

@@ -304,6 +304,7 @@ def test_the_report_says_where_every_number_comes_from(
     for row, run in zip(rows, runs, strict=True):
         assert (row["command"], row["folder"]) == (f"make {run.label}", str(run.folder))
         assert float(row["metrics.accuracy"]) == Run(run.folder).summary["metrics"]["accuracy"]
+        assert (row["bytes.up"] == "") == (run.cell == "alone")  # to itself, over no network
     assert {row["reason"] for row in rows} == {"", "the <disk> is full"}
     made_by = json.loads((tmp_path / "environment.json").read_text())
     assert {"versions", "git", "machine", "made_by"} <= made_by.keys()

@@ -2,8 +2,8 @@
 
 The file holds the weights under llama.cpp's names, the numbers of the configuration, the tokenizer and its
 template. Matrices are float16 or, in blocks of 32 with a scale each, eight bits (``Q8_0``); vectors stay
-float32. llama.cpp turns neighbouring pairs of a head where transformers turns its halves, so the rows of
-queries and keys change places.
+float32. Fewer bits (``Q4_K_M``) are llama.cpp's own work. llama.cpp turns neighbouring pairs of a head where
+transformers turns its halves, so the rows of queries and keys change places.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedllm.errors import ConfigError
 from fedllm.models.anatomy import plain
@@ -20,10 +21,12 @@ from fedllm.models.model import Model
 from fedllm.models.network import Network
 from fedllm.models.saving import describe, unbounded
 
-__all__ = ["FILE", "require_llama", "write", "write_eight_bits"]
+__all__ = ["FILE", "require_llama", "write", "write_eight_bits", "write_four_bits"]
 
 FILE = "model.gguf"
 _BLOCK = 32
+_Q4_K_M = 15
+"""llama.cpp's number for it."""
 _DIGITS = r"\p{N}{1,3}"
 """In the pattern by which Llama 3 splits texts, and in no other's."""
 
@@ -63,6 +66,24 @@ def write_eight_bits(model: Model, network: Network, place: Path) -> None:
     import gguf
 
     _write(model, network, place, gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0)
+
+
+def write_four_bits(model: Model, network: Network, place: Path) -> None:
+    """Write ``model.gguf`` in llama.cpp's ``Q4_K_M``: most matrices in 4.5 bits a value, some in more.
+
+    Of rows that no block of 256 divides llama.cpp takes blocks of 32, in five or eight bits.
+    """
+    from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, disable_logging, model_quantize
+
+    write(model, network, place)
+    whole = (place / FILE).rename(place / "whole.gguf")
+    asked = LlamaModelQuantizeParams()
+    asked.ftype, asked.nthread = _Q4_K_M, torch.get_num_threads()
+    disable_logging()
+    try:
+        model_quantize(str(whole), str(place / FILE), asked)
+    finally:
+        whole.unlink()
 
 
 def _write(model: Model, network: Network, place: Path, packing: Any, kind: Any) -> None:

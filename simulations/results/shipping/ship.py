@@ -107,6 +107,7 @@ _FORMS: dict[Format, _Form] = {
     "int4": _graph(graphs.write_four_bits, None),
     "gguf": _gguf(gguf_files.write, _HALF),
     "gguf-q8_0": _gguf(gguf_files.write_eight_bits, None),
+    "gguf-q4_k": _gguf(gguf_files.write_four_bits, None),
 }
 
 
