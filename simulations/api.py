@@ -237,6 +237,24 @@ class Run:
             sampling = Sampling(temperature, top_p, seed)
             return generate(self.folder, asked, new_tokens, sampling, round, base=base)
 
+    def evaluate(self, on: str | Path | None = None, round: Which = None) -> dict[str, float]:
+        """Score the tuned model; return the task's metrics by name.
+
+        Args:
+            on: another run's folder, whose test set is taken, or a data file with the run's columns; by
+                default the run's own test set.
+            round: as for :meth:`predict`.
+
+        Raises:
+            ConfigError: the other run has another task, or other classes.
+            DataError: the file cannot be read, or holds nothing to score.
+            StoreError: there is no checkpoint yet, or the base model is another one now.
+        """
+        from simulations.results.scoring import evaluate
+
+        with _explained(), undisturbed():
+            return evaluate(self.folder, None if on is None else Path(on), round).metrics
+
     def model(self, round: Which = None) -> Any:
         """Return the tuned model, ready to use: transformers' own, in a peft adapter where one was trained.
 

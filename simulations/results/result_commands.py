@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedllm.errors import ConfigError, StoreError
+from fedllm.measures import in_order
 from fedllm.terminal.console import AsJson, Device, Plugin, RunDir, console, print_json, results, shown
 from fedllm.wording import number
 from simulations.bench import BENCHMARKS
@@ -141,6 +142,28 @@ def predict(
         return
     for line in lines(run_dir, answers):
         print(shown(line))
+
+
+@app.command(rich_help_panel=PANEL)
+def evaluate(
+    run_dir: RunDir,
+    on: Annotated[
+        Path | None,
+        typer.Option(help="Another run's folder, for its test set, or a data file; default the run's own."),
+    ] = None,
+    round: AtRound = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's model on its test set, on another run's, or on the rows of a data file."""
+    from simulations.results.scoring import evaluate as score
+
+    found = score(run_dir, on, which(round))
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    told = ", ".join(f"{name} {number(found.metrics[name])}" for name in in_order(found.metrics))
+    print(f"{told} on {found.texts:,} texts, after round {found.round}")
 
 
 def _asked(given: Sequence[str], file: Path | None) -> Sequence[str | Row]:
