@@ -125,11 +125,8 @@ class Blocks:
 def _require_possible(config: RunConfig) -> None:
     server, codec = config.server, config.codec
     said = f"tuning.blocks = {config.tuning.blocks}"
-    if (server.optimizer, server.learning_rate) != ("sgd", 1.0):
-        raise ConfigError(
-            f'{said} lets clients take up the mean of a group itself: leave server.optimizer at "sgd" and '
-            "server.learning_rate at 1.0"
-        )
+    if not server.plain:
+        raise ConfigError(f"{said} lets clients take up the mean of a group itself: {server.PLAINLY}")
     if codec.down != "none":
         raise ConfigError(f'{said} sends a group\'s new values as they are: codec.down must be "none"')
     if Codecs.of(codec).up.stateful:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,7 +10,15 @@ from fedllm.section import Section
 
 
 class ServerConfig(Section):
-    """How the server picks clients and combines their updates."""
+    """How the server picks clients and combines their updates.
+
+    Attributes:
+        PLAINLY: how to set it so that it is :attr:`plain`, as the end of a sentence.
+    """
+
+    PLAINLY: ClassVar[str] = (
+        'leave server.optimizer at "sgd", server.learning_rate at 1.0 and server.anchor at 0'
+    )
 
     mode: Literal["sync", "async"] = "sync"
     """``sync`` waits for a round's clients; ``async`` (FedBuff; Nguyen et al., AISTATS 2022) keeps
@@ -48,6 +56,9 @@ class ServerConfig(Section):
     """Second-moment decay of adam and yogi."""
     epsilon: float = Field(default=1e-3, gt=0.0)
     """Added to the root of the second moment of adam and yogi."""
+    anchor: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the way back to where the run began, such as ``init_from``, that each round's result is drawn
+    (L2-SP; Li et al., ICML 2018); a later text then overwrites less of what was learned before."""
     max_update_norm: float | None = Field(default=None, gt=0.0)
     """L2 norm above which a client's update is rejected, as the server measures it."""
     norm_ratio: float = Field(default=10.0, ge=0.0)
@@ -71,3 +82,8 @@ class ServerConfig(Section):
     outlier_deviations: float = Field(default=6.0, gt=0.0, allow_inf_nan=False)
     """Robust standard deviations (1.4826 MAD) above the median norm of five rounds, from which an update is
     far longer, if it is also more than twice the median."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether a round's mean update is taken as it is, as clients can do for themselves."""
+        return self.optimizer == "sgd" and self.learning_rate == 1.0 and self.anchor == 0.0

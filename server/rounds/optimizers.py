@@ -7,6 +7,9 @@ With update D_t = mean of clients' updates, learning rate e, and no bias correct
     adam       m <- b1 m + (1 - b1) D            v <- b2 v + (1 - b2) D^2
     yogi       m as adam                         v <- v - (1 - b2) D^2 sign(v - D^2)
                both:                             w <- w + e m / (sqrt(v) + epsilon)
+
+and then, with anchor a and w0 that the run began with, w <- w + a (w0 - w): a proximal step on the squared
+distance from w0, which keeps a model that is tuned on from forgetting (L2-SP; Li et al., ICML 2018).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from fedllm.tensors import Tensors
 
 __all__ = ["advance", "require_change"]
 
-_FIRST, _SECOND = "m/", "v/"
+_FIRST, _SECOND, _START = "m/", "v/", "w0/"
 
 
 def advance(
@@ -29,7 +32,7 @@ def advance(
 
     Args:
         config: which optimiser, and its constants.
-        current: global tensors before the round.
+        current: global tensors before the round; before the first, what an anchor holds to.
         proposed: what plain averaging would make of them; same names and shapes.
         moments: of earlier rounds, empty at first.
 
@@ -41,7 +44,7 @@ def advance(
     >>> advance(ServerConfig(learning_rate=0.5), now, then, {})[0]["w"].tolist()
     [0.5]
     """
-    if config.optimizer == "sgd" and config.learning_rate == 1.0:
+    if config.plain:
         return proposed, moments
     moments = dict(moments)
     advanced: Tensors = {}
@@ -64,6 +67,10 @@ def advance(
             second = second - (1 - config.beta2) * square * (second - square).sign()
         moments[_SECOND + name] = second
         advanced[name] = value + config.learning_rate * first / (second.sqrt() + config.epsilon)
+    if config.anchor:
+        for name, value in current.items():
+            start = moments.setdefault(_START + name, value)
+            advanced[name] = advanced[name] + config.anchor * (start - advanced[name])
     return advanced, moments
 
 

@@ -298,7 +298,7 @@ class FwdLLM(Method):
         elif acc.cohort.directions > 1:
             a, b = halves(acc.cohort, self.config.seed, acc.entries, self.kind)
             report["ratio"] = signal_to_noise(a, b)
-        plain = self.config.server.optimizer == "sgd" and self.config.server.learning_rate == 1.0
+        plain = self.config.server.plain
         return Step(Replay(record) if plain and acc.dense is None else after, memory, report)
 
     def replay(self, tensors: Tensors, record: bytes) -> Tensors:
@@ -353,10 +353,10 @@ def _check(config: RunConfig, options: Options) -> None:
             f'fwdllm.warm_start = "{options.warm_start}" would replace the head that init_from brings: set '
             'fwdllm.warm_start = "none", or leave out init_from'
         )
-    if options.step == "trust" and (server.optimizer != "sgd" or server.learning_rate != 1.0):
+    if options.step == "trust" and not server.plain:
         raise ConfigError(
-            'fwdllm.step = "trust" sets the length of the step itself: leave server.optimizer and '
-            'server.learning_rate alone, or take fwdllm.step = "mean"'
+            f'fwdllm.step = "trust" sets the length of the step itself: {server.PLAINLY}, or take '
+            'fwdllm.step = "mean"'
         )
     if options.upload == "dense" and options.pacing != "fixed":
         raise ConfigError('fwdllm.upload = "dense" holds one exchange a round: fwdllm.pacing must be "fixed"')
@@ -388,8 +388,7 @@ def _check(config: RunConfig, options: Options) -> None:
         if exchanges > 1:
             keys += f" and fwdllm.max_exchanges = {exchanges}"
         check_count(options.directions * exchanges, keys)
-        replayed = server.optimizer == "sgd" and server.learning_rate == 1.0
-        check_codecs(config, fresh='fwdllm.upload = "dense"', replayed=replayed)
+        check_codecs(config, fresh='fwdllm.upload = "dense"', replayed=server.plain)
     if options.pacing != "fixed" and options.directions < 2 and config.cohort < 2:
         raise ConfigError("fwdllm.pacing compares two halves: ask for at least 2 directions or 2 clients")
 

@@ -35,16 +35,14 @@ def check(config: RunConfig, options: Options) -> None:
         f"{rule} moves all layers in each round, tuning.blocks = {tuning.blocks} a part of them: use "
         "rule fedit or ffa",
     )
-    stays = (server.optimizer, server.learning_rate) == ("sgd", 1.0)
     plain = tuning.peft in ("lora", "rslora") and not tuning.options.get("use_dora")
     refuse(
         options.rule != "fedit" and not plain,
         f'{rule} aggregates products B A, tuning.peft = "{tuning.peft}" has more than that: use rule fedit',
     )
     refuse(
-        options.rule not in ("fedit", "ffa", "fed-sb", "fedsa") and not stays,
-        f'{rule} sets the next factors itself: server.optimizer = "{server.optimizer}" with learning rate '
-        f'{server.learning_rate:g} would move off them; use "sgd" with 1.0',
+        options.rule not in ("fedit", "ffa", "fed-sb", "fedsa") and not server.plain,
+        f"{rule} sets the next factors itself, which the server would move off: {server.PLAINLY}",
     )
     refuse(
         options.rule == "fed-sb" and config.codec.down != "none",
@@ -52,9 +50,8 @@ def check(config: RunConfig, options: Options) -> None:
         f'{config.codec.down!r} must be "none"',
     )
     refuse(
-        options.rule == "fed-sb" and not stays,
-        f'{rule} lets clients take up the mean itself: leave server.optimizer at "sgd" and '
-        "server.learning_rate at 1.0",
+        options.rule == "fed-sb" and not server.plain,
+        f"{rule} lets clients take up the mean itself: {server.PLAINLY}",
     )
     codecs = Codecs.of(config.codec)
     moving = {"up": ("svd", "stack", "hetero", "alternate"), "down": ("svd", "stack", "hetero")}

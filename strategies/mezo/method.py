@@ -60,8 +60,8 @@ class MeZO(Method):
     replays = True
 
     def __init__(self, config: RunConfig) -> None:
-        if config.server.optimizer != "sgd" or config.server.learning_rate != 1.0:
-            raise ConfigError("mezo replays its steps: leave server.optimizer and server.learning_rate alone")
+        if not config.server.plain:
+            raise ConfigError(f"mezo replays its steps: {config.server.PLAINLY}")
         check_training(config)
         self.config = config
         self.options = Options.model_validate(config.options)

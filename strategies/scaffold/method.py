@@ -51,10 +51,9 @@ class Scaffold(Averaging):
                 'method = "scaffold" reads gradients off how far plain steps led: '
                 'set training.optimizer = "sgd", and max_grad_norm, proximal and weight_decay to 0'
             )
-        if (server.optimizer, server.learning_rate) != ("sgd", 1.0):
+        if not server.plain:
             raise ConfigError(
-                'method = "scaffold" moves its control variates with the weights: '
-                'set server.optimizer = "sgd" and server.learning_rate = 1.0'
+                f'method = "scaffold" moves its control variates with the weights: {server.PLAINLY}'
             )
 
     def build(self, labels: tuple[str, ...]) -> Model:

@@ -128,6 +128,7 @@ def test_a_step_is_a_record_of_the_group_alone(session: Session) -> None:
         (["codec.down=quantize(bits=8)"], 'codec.down must be "none"'),
         (["codec.up=error_feedback(sign)"], "leave error feedback out"),
         (["server.optimizer=adam"], 'leave server.optimizer at "sgd"'),
+        (["server.anchor=0.1"], "server.anchor at 0"),
         (["lora.rule=svd"], "use rule fedit or ffa"),
         (["method=fedkd"], "tuning.blocks is for other methods"),
         (["method=fwdllm"], "tuning.blocks is for other methods"),

@@ -275,8 +275,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "full": ({"tuning": {"peft": "full"}}, "fedavg"),
     "other adapters": ({"options": {"rule": "svd"}, "tuning": {"peft": "ia3"}}, "fedit"),
     "dora": ({"options": {"rule": "ffa"}, "tuning": {"options": {"use_dora": True}}}, "fedit"),
-    "adam": ({"options": {"rule": "svd"}, "server": {"optimizer": "adam"}}, 'svd.*"adam"'),
-    "server rate": ({"options": {"rule": "residual"}, "server": {"learning_rate": 0.5}}, r"residual.*0\.5"),
+    "adam": (
+        {"options": {"rule": "svd"}, "server": {"optimizer": "adam"}},
+        'svd.*leave server.optimizer at "sgd"',
+    ),
+    "server rate": (
+        {"options": {"rule": "residual"}, "server": {"learning_rate": 0.5}},
+        "residual.*server.learning_rate at 1.0",
+    ),
     "feedback": ({"options": {"rule": "stack"}, "codec": {"up": "error_feedback(sign)"}}, "stack.*codec.up"),
     "ef21": (
         {"options": {"rule": "svd"}, "codec": {"up": "ef21(top_k(fraction=0.1))"}},

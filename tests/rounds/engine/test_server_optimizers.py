@@ -51,6 +51,22 @@ def test_three_rounds_are_what_the_algorithm_says(kind: str) -> None:
         torch.testing.assert_close(tensors["w"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", STEPS)
+def test_an_anchor_draws_each_round_back_to_where_the_run_began(kind: str) -> None:
+    """w - w0 after a step is (1 - a) of what it would be, of whatever optimiser's step."""
+    config = ServerConfig.model_validate(
+        {"optimizer": kind, "learning_rate": RATE, "momentum": BETA1, "beta2": BETA2, "epsilon": EPSILON}
+        | {"anchor": 0.25}
+    )
+    start, moments, away = torch.tensor([2.0, -3.0]), Tensors(), 0.0
+    tensors = {"w": start.clone()}
+    for update, step in zip(UPDATES, STEPS[kind], strict=True):
+        proposed = {"w": tensors["w"] + update}
+        tensors, moments = advance(config, tensors, proposed, moments)
+        away = 0.75 * (away + step)
+        torch.testing.assert_close(tensors["w"], start + away, rtol=1e-5, atol=1e-6)
+
+
 def test_plain_averaging_takes_the_mean_bit_for_bit() -> None:
     now, mean = {"w": torch.tensor([0.1])}, {"w": torch.tensor([0.3])}
     tensors, moments = advance(ServerConfig(), now, mean, {})
