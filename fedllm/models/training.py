@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedllm.config import TrainingConfig
@@ -15,24 +16,35 @@ from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import RunFailed
 from fedllm.tensors import Tensors, norm_of
 
-__all__ = ["descend", "learning_rate", "minibatches", "only", "optimizer_of", "stride", "walk"]
+__all__ = ["descend", "drawn", "learning_rate", "minibatches", "only", "optimizer_of", "stride", "walk"]
 
 T = TypeVar("T")
+
+
+def drawn(
+    texts: int, batch_size: int, steps: int, generator: np.random.Generator
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the texts of ``steps`` batches: whole shuffled passes over all, each text once per pass.
+
+    A pass's last batch is short where the batch size does not divide the number of texts.
+
+    >>> [len(batch) for batch in drawn(5, 2, 4, np.random.default_rng(0))]
+    [2, 2, 1, 2]
+    """
+    order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+    for _ in range(steps):
+        if not len(order):
+            order = generator.permutation(texts)
+        yield order[:batch_size]
+        order = order[batch_size:]
 
 
 def minibatches(
     tokens: Tokens, batch_size: int, steps: int, generator: np.random.Generator
 ) -> Iterator[Batch]:
-    """Yield ``steps`` batches: whole shuffled passes over the texts, each text once per pass.
-
-    A pass's last batch is short where the batch size does not divide the number of texts.
-    """
-    order: np.ndarray = np.empty(0, dtype=np.int64)
-    for _ in range(steps):
-        if not len(order):
-            order = generator.permutation(len(tokens))
-        yield tokens.batch(order[:batch_size])
-        order = order[batch_size:]
+    """Yield ``steps`` batches, as :func:`drawn`."""
+    for indices in drawn(len(tokens), batch_size, steps, generator):
+        yield tokens.batch(indices)
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:

@@ -7,7 +7,8 @@
                          (FedKSeed, ICML 2024, algorithm 1), K floats however many the steps
     both sides           w <- w - eta sum_k n_k / n * sum_j (slopes of k along v_j) v_j
 
-Unlike FwdLLM, every slope is taken at another point, so that probes cannot be batched.
+Unlike FwdLLM, every slope is taken at another point, so that probes cannot be batched. What lies below the
+lowest trained layer is computed once per text all the same.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from fedllm.errors import ConfigError, WireError
 from fedllm.host.allocator import give_back_large_blocks
 from fedllm.models import model as models
 from fedllm.models.model import Model
-from fedllm.models.training import learning_rate, minibatches
+from fedllm.models.training import drawn, learning_rate
 from fedllm.randomness import stream
 from fedllm.sums import WeightedSum
 from fedllm.tensors import Spec, Tensors, TensorSpec
-from strategies.base import Answer, Commit, Exchange, Method, Passes, Replay, Reply, State, Step, Work
+from strategies.base import Answer, Commit, Exchange, Method, Replay, Reply, State, Step, Work
+from strategies.forward.activations import ActivationCache
 from strategies.forward.cohort import Cohort, gradient, pack_cohort, unpack_cohort
 from strategies.forward.directions import Direction, add_scaled, combine
 from strategies.forward.outlook import announce
@@ -65,6 +67,7 @@ class MeZO(Method):
         check_training(config)
         self.config = config
         self.options = Options.model_validate(config.options)
+        self.cache = ActivationCache(self.options.cache_bytes)
         self.sums = self.private = self.options.candidates > 0
         check_codecs(config, fresh="" if self.options.candidates else "mezo.candidates", replayed=True)
         if not self.options.candidates:
@@ -109,22 +112,23 @@ class MeZO(Method):
         training, seed = self.config.training, self.config.seed
         steps, candidates = training.local_steps, self.options.candidates
         rate = self._rate(work.round)
-        batches = minibatches(
-            work.train, training.batch_size, steps, stream(seed, "batches", work.round, work.node)
-        )
+        source = stream(seed, "batches", work.round, work.node)
+        batches = drawn(len(work.train), training.batch_size, steps, source)
         picks = stream(seed, "candidates", work.round, work.node).integers(max(candidates, 1), size=steps)
         tensors: Tensors = {name: p.detach() for name, p in work.model.trainable().items()}
         slopes = np.zeros(candidates or steps, dtype=np.float32)
+        shortcut = self.cache.open(work.model, work.train, use=self.options.cache)
         with settled(work.model.module):
-            for step, batch in enumerate(batches):
+            for step, indices in enumerate(batches):
                 place = int(picks[step]) if candidates else step
                 direction = self._direction(work.round, work.node, place)
-                loss = batch_loss(work.model, batch)
-                slope = float(antithetic(loss, tensors, [direction], radius=self.options.radius)[0])
+                loss = batch_loss(work.model, work.train.batch(indices))
+                with shortcut.resumed(indices):
+                    slope = float(antithetic(loss, tensors, [direction], radius=self.options.radius)[0])
                 add_scaled(tensors, direction, -rate * slope)
                 slopes[place] += np.float32(slope)
         answer: Tensors = {"slopes": torch.from_numpy(slopes)}
-        return Answer(answer, len(work.train), {}, passes=Passes(2.0 * steps))
+        return Answer(answer, len(work.train), {}, passes=shortcut.cost(2.0 * steps, self.config))
 
     def fold(self, acc: MeZOAccumulator, kind: str, reply: Reply) -> MeZOAccumulator:
         """Server: note a client's slopes, or add them up by candidate."""

@@ -42,6 +42,28 @@ def test_one_clients_replay_is_its_own_walk(session: Session) -> None:
     assert any(not torch.equal(walked[n], state.tensors[n]) for n in walked)
 
 
+def test_what_lies_below_the_trained_layers_is_computed_once_and_changes_nothing(
+    tiny_encoder: Path, tiny_texts: Path
+) -> None:
+    """Heads alone: of 8 passes over 8 texts what is left is the first over the client's own."""
+    answers = []
+    for cache in (True, False):
+        session = session_for(
+            tiny_encoder,
+            tiny_texts,
+            "mezo",
+            tuning={"peft": "head"},
+            training={"local_steps": 4, "batch_size": 8, "learning_rate": 1e-2},
+            options={"cache": cache},
+        )
+        found = [ask(session, start(session), Exchange("fit"), 1) for _ in range(2)]
+        texts = len(session.client_tokens(1)[0])
+        assert [one.passes.forward for one in found] == ([texts / 8, 0.0] if cache else [8.0, 8.0])
+        answers.append(found[1])
+    slopes = [answer.tensors["slopes"] for answer in answers]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_order_of_clients_does_not_show(session: Session) -> None:
     one, two = (federate(session, start(session), 2, nodes) for nodes in ((0, 1, 3), (3, 0, 1)))
