@@ -35,6 +35,7 @@ from fedllm.protocol.uplink import Sent, Uplink, Upload, clip_of
 from fedllm.protocol.wire import STALE, Instruction, Reply
 from fedllm.randomness import derive
 from fedllm.tensors import Tensors, digest, fingerprint
+from strategies import likeness
 from strategies.attack import attackers, bent, poisoned
 from strategies.base import Answer, Work
 from strategies.session import Session, open_session
@@ -192,6 +193,7 @@ class _Task:
             "platform": platform.platform(),
             "python": platform.python_version(),
             "torch": torch.__version__,
+            likeness.FACT: self.session.likeness.told(),
         }
         return wire.pack_reply(Reply(*self.at, len(train), metrics, facts=facts))
 

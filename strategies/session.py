@@ -23,6 +23,7 @@ from fedllm.errors import DataError
 from fedllm.models.model import Model
 from fedllm.tasks.base import Task
 from fedllm.tensors import Tensors
+from strategies import likeness
 from strategies.base import Method
 from strategies.registry import open_codecs, open_method
 
@@ -143,6 +144,11 @@ class Session:
     def initial(self) -> Tensors:
         """Global tensors of version 0."""
         return self._built[1]
+
+    @cached_property
+    def likeness(self) -> likeness.Likeness:
+        """What this process's model makes of a sentence, by which server and clients compare theirs."""
+        return likeness.measure(self.method, self.model, self.initial)
 
     @cached_property
     def test_tokens(self) -> Tokens:

@@ -46,6 +46,7 @@ from server.rounds.state import ServerState
 from server.rounds.timing.buffered import Buffered
 from server.rounds.timing.clock import Clock, Timed
 from strategies.base import Exchange, Method
+from strategies.likeness import Likeness
 
 __all__ = ["Engine"]
 
@@ -69,6 +70,7 @@ class Engine(Strategy):
         privacy: of a differentially private run: noise, cohorts and what is spent.
         clock: of simulated devices, by which clients are there, late or gone; None goes by the host's own.
         signatures: checks whose each reply is; None where nodes have no certificates, as in a simulation.
+        like: what the server's model makes of a sentence, as each client's must; None compares nothing.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Engine(Strategy):
         privacy: Privacy | None = None,
         clock: Clock | None = None,
         signatures: Signatures | None = None,
+        like: Likeness | None = None,
     ) -> None:
         self.config, self.method, self.codecs, self.store = config, method, codecs, store
         self.state = state
@@ -108,8 +111,9 @@ class Engine(Strategy):
         self._spoke = 0.0
         self._orders = Orders(store, self._roster)
         self._admission = Admission(
-            config, self._roster, self._messages, self._orders, store, self._say, proven, self._patience_s
-        )
+            config, self._roster, self._messages, self._orders, store, self._say,
+            proven=proven, like=like, deadline_s=self._patience_s,
+        )  # fmt: skip
         self._buffered = Buffered(
             config, state, self._roster, store, clock, self._patience_s,
             message=self._message, take=self._take, look=self._admission.look, say=self._say,

@@ -3,6 +3,11 @@
 A direction is named by (seed, round, node, index), never stored and never sent. Its entries come from the
 raw words of a Philox counter, so that they are the same on every machine, backend and number of threads:
 no floating-point library function takes part.
+
+Directions are drawn one by one (``rademacher``, ``gaussian``) or, ``orthogonal``, without replacement: as
+rows of a Hadamard matrix of M = 2^k >= p columns with random signs, whose products v v' have the identity as
+their mean. The error of N directions of p entries is then (p - 1)/N (M - N)/(M - 1) times the squared length
+of the gradient in place of (p - 1)/N: hardly less while N is small, and none where all M are probed.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from fedllm.randomness import stream
 
 __all__ = ["CHUNK_ENTRIES", "Direction", "Kind", "add_scaled", "chunks", "combine", "flat", "gaussian_table"]
 
-Kind = Literal["rademacher", "gaussian"]
+Kind = Literal["rademacher", "gaussian", "orthogonal"]
 
 CHUNK_ENTRIES = 1 << 20
 """Entries drawn at a time: 4 MB as float32, and under 16 MB with the words and indices they come from."""
@@ -66,18 +71,45 @@ def chunks(
     >>> [c.tolist() for c in chunks(Direction(0, 1, 2, 4), 4)]
     [[1.0, 1.0, -1.0, 1.0]]
     """
-    source = stream(
-        direction.seed, "direction", direction.round, direction.node, direction.index
-    ).bit_generator
-    per_word = 64 if kind == "rademacher" else 4
+    seed, round, row = direction.seed, direction.round, 0
+    if kind == "orthogonal":
+        row = _row(direction, entries)
+        source = stream(seed, "signs", round).bit_generator
+    else:
+        source = stream(seed, "direction", round, direction.node, direction.index).bit_generator
+    per_word = 4 if kind == "gaussian" else 64
     for start in range(0, entries, CHUNK_ENTRIES):
         size = min(CHUNK_ENTRIES, entries - start)
         words = np.asarray(source.random_raw(-(-size // per_word)), dtype="<u8")
-        if kind == "rademacher":
-            bits = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
-            yield bits.astype(np.float32) * np.float32(2.0) - np.float32(1.0)
-        else:
+        if kind == "gaussian":
             yield gaussian_table()[words.view("<u2")[:size]]
+            continue
+        bits = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
+        if row:
+            bits ^= _odd(np.arange(start, start + size, dtype=np.uint32) & np.uint32(row))
+        yield bits.astype(np.float32) * np.float32(2.0) - np.float32(1.0)
+
+
+def _row(direction: Direction, entries: int) -> int:
+    """Return which row of the Hadamard matrix a direction is.
+
+    A client's rows follow one another; clients begin evenly far apart (at their numbers' bits reversed), so
+    that 2^i clients with an M/2^i of the rows each take all of them. Where the first begins is drawn anew in
+    each round, and so is the order that rows have.
+    """
+    bits = max(entries - 1, 1).bit_length()
+    rows = 1 << bits
+    start = int(f"{direction.node % rows:0{bits}b}"[::-1], 2)
+    draw = stream(direction.seed, "rows", direction.round)
+    step, first = 2 * int(draw.integers(rows // 2)) + 1, int(draw.integers(rows))
+    return ((start + direction.index) * step + first) % rows
+
+
+def _odd(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
+    """Whether each word has an odd number of ones: where its row of the Hadamard matrix is negative."""
+    for shift in (16, 8, 4, 2, 1):
+        words ^= words >> np.uint32(shift)
+    return (words & np.uint32(1)).astype(np.uint8)
 
 
 def flat(direction: Direction, entries: int, kind: Kind = "rademacher") -> npt.NDArray[np.float32]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from strategies.forward.directions import Kind
 from strategies.forward.slopes import expected_cosine
 
 __all__ = ["announce", "warn_of_setup"]
@@ -19,16 +20,19 @@ _LARGE_SETUP = 200_000
 """Bytes of setup statistics per client from which on a slow link deserves a warning."""
 
 
-def announce(parameters: Mapping[str, torch.Tensor], directions: int, remedy: str) -> None:
+def announce(
+    parameters: Mapping[str, torch.Tensor], directions: int, remedy: str, kind: Kind = "rademacher"
+) -> None:
     """Say how many parameters are probed and how well a round's step can point; warn where it is hopeless.
 
     Args:
         parameters: that directions run through.
         directions: that a round probes, all clients together.
         remedy: the option that raises them.
+        kind: of the directions.
     """
     count = sum(parameter.numel() for parameter in parameters.values())
-    cosine = expected_cosine(directions, count)
+    cosine = expected_cosine(directions, count, kind)
     logger.info(
         "%d trained parameters, %d directions a round: expected cosine to the gradient %.3f",
         count,

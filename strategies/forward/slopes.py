@@ -53,15 +53,22 @@ _LEAST_SIZE = 5e-3
 """Root mean square below which tensors are no measure of a step: much of what adapters add starts at zero."""
 
 
-def expected_cosine(directions: int, parameters: int) -> float:
+def expected_cosine(directions: int, parameters: int, kind: Kind = "rademacher") -> float:
     """Cosine to expect between the true gradient and a mean of forward gradients.
 
-    The mean of N forward gradients has squared norm ||g||^2 (1 + (p - 1) / N) in expectation.
+    The mean of N forward gradients has squared norm ||g||^2 (1 + (p - 1) / N) in expectation, and less if
+    they are orthogonal: see :mod:`strategies.forward.directions`.
 
     >>> round(expected_cosine(200, 3461), 2)
     0.23
+    >>> expected_cosine(256, 210, "orthogonal")
+    1.0
     """
-    return math.sqrt(directions / (directions + parameters - 1))
+    error = (parameters - 1) / directions
+    if kind == "orthogonal":
+        rows = 1 << max(parameters - 1, 1).bit_length()
+        error *= max(rows - directions, 0) / (rows - 1)
+    return 1.0 / math.sqrt(1.0 + error)
 
 
 def passes(directions: int, estimator: Estimator, parallel: int) -> int:

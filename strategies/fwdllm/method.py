@@ -124,7 +124,7 @@ class FwdLLM(Method):
         give_back_large_blocks()
         model = models.load(self.config, labels)
         probed = self.options.directions * (1 if self.options.shared else self.config.cohort)
-        announce(model.trainable(), probed, "fwdllm.directions")
+        announce(model.trainable(), probed, "fwdllm.directions", self.kind)
         stack = stack_of(model.module)
         if self.options.cache and stack.frozen:
             logger.info("hidden states of %d of %d layers are cached", stack.frozen, len(stack.layers))
@@ -295,7 +295,7 @@ class FwdLLM(Method):
         report = {"growth": growth, "directions": float(acc.cohort.directions)}
         if acc.measured is not None:
             report[self.options.pacing] = acc.measured
-        elif acc.cohort.directions > 1:
+        elif acc.cohort.directions > 1 and self.kind != "orthogonal":  # whose halves are no two draws
             a, b = halves(acc.cohort, self.config.seed, acc.entries, self.kind)
             report["ratio"] = signal_to_noise(a, b)
         plain = self.config.server.plain
@@ -363,6 +363,12 @@ def _check(config: RunConfig, options: Options) -> None:
     if options.upload == "dense" and options.candidates > 1:
         raise ConfigError(
             'fwdllm.upload = "dense" does not say which directions were chosen: leave fwdllm.candidates at 1'
+        )
+    if options.distribution == "orthogonal" and (options.pacing != "fixed" or options.candidates > 1):
+        key = "candidates" if options.candidates > 1 else "pacing"
+        raise ConfigError(
+            'fwdllm.distribution = "orthogonal" deals directions out before any is probed: leave '
+            f'fwdllm.{key} out, or take the distribution "rademacher"'
         )
     if options.shared and options.pacing != "fixed":
         raise ConfigError(

@@ -50,8 +50,8 @@ class Options(MethodOptions):
     """Directions drawn per direction probed; above 1 those in line with the previous round are preferred."""
     shared: bool = False
     """All clients probe the same directions, so that slopes can be summed under secure aggregation."""
-    distribution: Literal["rademacher", "gaussian"] = "rademacher"
-    """Of a direction's entries."""
+    distribution: Literal["rademacher", "gaussian", "orthogonal"] = "rademacher"
+    """Of a direction's entries; ``orthogonal``: signs of directions at right angles, none of them twice."""
     radius: float = Field(1e-2, gt=0.0, lt=1.0)
     """Length of an antithetic step relative to the trained tensors' norm."""
     parallel: int = Field(8, ge=1)

@@ -13,6 +13,7 @@ import torch
 
 from fedllm.errors import ConfigError, RunFailed, WireError
 from fedllm.models.evaluation import evaluate
+from fedllm.randomness import stream
 from fedllm.tensors import Tensors, fingerprint, pack, spec_of
 from strategies.base import Commit, Exchange, Replay, State
 from strategies.forward.cohort import halves
@@ -479,3 +480,43 @@ def test_shared_directions_are_summed_once_a_round(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         session_with(tiny_encoder, tiny_texts, shared=True, **options).method  # noqa: B018  # opens it
+
+
+def test_all_orthogonal_directions_take_the_step_of_backpropagation(
+    tiny_encoder: Path, tiny_texts: Path
+) -> None:
+    """256 directions for 163 values: no error of directions is left, and the step is the gradient's."""
+    session = session_with(
+        tiny_encoder, tiny_texts, distribution="orthogonal", directions=256, step="mean", learning_rate=0.5
+    )
+    state, node, round = start(session), 1, 1
+    acc = session.method.begin(state, round)
+    acc = session.method.fold(acc, "fit", reply_of(ask(session, state, Exchange("fit"), node, round), node))
+    step = session.method.step(state, acc)
+    assert isinstance(step.proposal, Replay)
+    assert "ratio" not in step.report
+    after = vector(session.method.replay(state.tensors, step.proposal.record))
+    want = vector(state.tensors) - 0.5 * gradient_of(session, state.tensors, node, round)
+    np.testing.assert_allclose(after, want, rtol=1e-4, atol=1e-6)
+
+
+def gradient_of(session: Session, tensors: Tensors, node: int, round: int) -> np.ndarray:
+    """Backpropagate on the batch that a client probes in a round."""
+    session.method.load(session.model, tensors)
+    session.model.module.eval()
+    train, _ = session.client_tokens(node)
+    order = stream(session.config.seed, "batches", round, node).permutation(len(train))
+    loss = session.model.loss(train.batch(order[: session.config.training.batch_size]))
+    parameters = session.model.trainable()
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    return vector(dict(zip(parameters, found, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("options", "key"), [({"pacing": "ratio"}, "pacing"), ({"candidates": 2}, "candidates")]
+)
+def test_orthogonal_directions_are_neither_chosen_nor_asked_for_later(
+    tiny_encoder: Path, tiny_texts: Path, options: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"leave fwdllm.{key} out"):
+        session_with(tiny_encoder, tiny_texts, distribution="orthogonal", **options).method  # noqa: B018

@@ -27,6 +27,7 @@ from server.rounds.timing.clock import Clock
 from simulations.engines.loopback import LoopbackGrid, loopback
 from strategies.averaging import Averaging, MeanAccumulator
 from strategies.base import Answer, Commit, Exchange, State, Work
+from strategies.likeness import Likeness
 
 START: Tensors = {"a": torch.zeros(2), "b": torch.zeros(1)}
 EXAMPLES = 10
@@ -128,6 +129,7 @@ def engine_of(
     privacy: Privacy | None = None,
     clock: Clock | None = None,
     signatures: Signatures | None = None,
+    like: Likeness | None = None,
 ) -> Engine:
     return Engine(
         config,
@@ -144,6 +146,7 @@ def engine_of(
         privacy=privacy,
         clock=clock,
         signatures=signatures,
+        like=like,
     )
 
 

@@ -1,0 +1,160 @@
+"""Whether server and client hold the same model: what both make of the same words.
+
+A device is told the name of a model, and takes what lies under that name where it is: another revision, other
+weights of the same shapes, another tokenizer. Frozen parts of an adapter are computed on each device, and may
+come out otherwise (the signs of a singular value decomposition are anybody's choice). No shape tells, and a
+mean with updates of such a model means nothing. So each client says, as it introduces itself, how its
+tokenizer reads a sentence and what its model answers; the server compares that with its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from fedllm.config import RunConfig
+from fedllm.errors import WireError
+from fedllm.models.model import Model
+from fedllm.randomness import stream
+from fedllm.tensors import Tensors
+from strategies.base import Method
+
+__all__ = ["FACT", "Likeness", "measure"]
+
+FACT = "likeness"
+"""The fact of an introduction that holds :meth:`Likeness.told`."""
+
+_WORDS = "The bank of Zürich wrote 3,141.59 to 2 naïve old friends: 'Don't!'  Is it OK? 日本 🙂"
+_MOST_TOKENS = 32
+_SUMS = 8
+_MOVED, _FROM_ZERO = 0.3, 0.05
+"""How far trained tensors are moved, in their own root mean squares and where they are zero, so that the
+frozen factors beside them, which begin as if they were not there, count as well."""
+_APART = {True: 0.002, False: 0.1}
+"""Relative distance that rounding explains at most, in float32 and in less."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What one process makes of the sentence.
+
+    Attributes:
+        tokens: digest of its token ids, the vocabulary, the padding token and the template of conversations.
+        sums: of the model's last hidden states with random signs, and of its scores, each divided by the root
+            of their number.
+    """
+
+    tokens: str
+    sums: tuple[float, ...]
+
+    def told(self) -> str:
+        """Return what a client sends of it."""
+        return json.dumps([self.tokens, *self.sums])
+
+    @classmethod
+    def heard(cls, facts: Mapping[str, str]) -> Self:
+        """Read what a client sent.
+
+        Raises:
+            WireError: it sent none, or something else.
+
+        >>> Likeness.heard({"likeness": Likeness("a5", tuple(range(16))).told()}).sums[1]
+        1.0
+        """
+        if FACT not in facts:
+            raise WireError(
+                "it does not say what its model makes of a sentence: install the server's release of fedllm "
+                "on it"
+            )
+        try:
+            tokens, *sums = json.loads(facts[FACT])
+        except (ValueError, TypeError) as error:
+            raise WireError("what its model makes of a sentence cannot be read") from error
+        numbers = [value for value in sums if isinstance(value, int | float) and math.isfinite(value)]
+        if not isinstance(tokens, str) or len(numbers) != len(sums) or len(sums) != 2 * _SUMS:
+            raise WireError("what its model makes of a sentence cannot be read")
+        return cls(tokens, tuple(float(value) for value in numbers))
+
+    def require(self, other: Self, config: RunConfig) -> None:
+        """Server: refuse a client whose model is another.
+
+        Args:
+            other: the client's.
+            config: the run; its precision decides what rounding explains.
+
+        Raises:
+            WireError: says what differs.
+        """
+        name = config.model.name
+        if other.tokens != self.tokens:
+            raise WireError(
+                f"its tokenizer of {name} is not the server's: give it the server's files of that model"
+            )
+        exact = config.model.dtype == "float32" and config.model.quantize == "none"
+        halves = (slice(_SUMS), slice(_SUMS, None))
+        distance = max(_relative(self.sums[half], other.sums[half]) for half in halves)
+        if not distance <= _APART[exact]:
+            raise WireError(
+                f"its model {name} with what is trained on it does not answer as the server's does (off by "
+                f"{min(distance, 9.99):.0%}): give it the server's files of that model, and the same "
+                "releases of torch and peft"
+            )
+
+
+def measure(method: Method, model: Model, initial: Tensors) -> Likeness:
+    """Send the sentence through the model, and leave the model with its initial tensors.
+
+    Args:
+        method: writes tensors into the model.
+        model: the server's or a client's.
+        initial: global tensors of version 0, which both sides make for themselves.
+    """
+    length = min(_MOST_TOKENS, model.positions or _MOST_TOKENS)
+    ids = model.tokenizer(_WORDS, truncation=True, max_length=length)["input_ids"]
+    tokenizer = model.tokenizer
+    known = [ids, sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.chat_template]
+    tokens = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    sent = torch.tensor([ids], device=model.device)
+    if model.embeddings is not None:
+        sent = sent % model.embeddings
+    extra = {"decoder_input_ids": sent} if model.module.pooling == "seq2seq" else {}
+    training = model.module.training
+    method.load(model, _moved(initial))
+    try:
+        with torch.no_grad():
+            found = model.module.eval()(sent, torch.ones_like(sent), output_hidden_states=True, **extra)
+    finally:
+        model.module.train(training)
+        method.load(model, initial)
+    return Likeness(tokens, _sums((found.hidden_states or [found.logits])[-1]) + _sums(found.logits))
+
+
+def _moved(tensors: Tensors) -> Tensors:
+    """Move each tensor by uniform noise, the same on both sides."""
+    moved: Tensors = {}
+    for name, tensor in tensors.items():
+        size = float(tensor.double().square().mean().sqrt())
+        far = _MOVED * size if size else _FROM_ZERO
+        noise = stream(0, FACT, name).uniform(-far, far, tuple(tensor.shape))
+        moved[name] = tensor + torch.from_numpy(noise).to(tensor.dtype)
+    return moved
+
+
+def _sums(values: torch.Tensor) -> tuple[float, ...]:
+    """Sum a table [..., outputs] with signs, each a product of its row's and its column's."""
+    table = values.reshape(-1, values.shape[-1]).double().cpu().numpy()
+    draw = stream(0, FACT)
+    rows, columns = (1.0 - 2.0 * draw.integers(0, 2, (_SUMS, size)) for size in table.shape)
+    found = np.einsum("kt,to,ko->k", rows, table, columns, optimize=True) / math.sqrt(table.size)
+    return tuple(float(f"{value:.9g}") for value in found)
+
+
+def _relative(one: Sequence[float], other: Sequence[float]) -> float:
+    return math.dist(one, other) / max(math.hypot(*one), 1e-30)
