@@ -21,6 +21,7 @@ import torch
 
 from fedllm.config import RunConfig
 from fedllm.errors import WireError
+from fedllm.models.anatomy import plain
 from fedllm.models.model import Model
 from fedllm.randomness import stream
 from fedllm.tensors import Tensors
@@ -125,15 +126,18 @@ def measure(method: Method, model: Model, initial: Tensors) -> Likeness:
     if model.embeddings is not None:
         sent = sent % model.embeddings
     extra = {"decoder_input_ids": sent} if model.module.pooling == "seq2seq" else {}
-    training = model.module.training
+    network, training = model.module, model.module.training
+    # An encoder with a decoder has hidden states of two kinds, under other names.
+    deep = not plain(network.backbone).config.is_encoder_decoder
     method.load(model, _moved(initial))
     try:
         with torch.no_grad():
-            found = model.module.eval()(sent, torch.ones_like(sent), output_hidden_states=True, **extra)
+            found = network.eval()(sent, torch.ones_like(sent), output_hidden_states=deep, **extra)
     finally:
-        model.module.train(training)
+        network.train(training)
         method.load(model, initial)
-    return Likeness(tokens, _sums((found.hidden_states or [found.logits])[-1]) + _sums(found.logits))
+    last = found.hidden_states[-1] if found.hidden_states else found.logits
+    return Likeness(tokens, _sums(last) + _sums(found.logits))
 
 
 def _moved(tensors: Tensors) -> Tensors:

@@ -25,6 +25,8 @@ from simulations.engines.loopback import loopback
 from strategies.likeness import FACT, Likeness
 from strategies.registry import resolve_run
 from strategies.session import Session, forget_sessions
+from tests.architectures import Architecture
+from tests.parts import quick
 from tests.rounds.scripted import ScriptedGrid, constant, engine_of, grid_of, scripted, send
 
 LIKE = Likeness("a5", (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0) * 2)
@@ -119,6 +121,29 @@ def test_frozen_factors_with_other_signs_are_told_apart(model: Path, tiny_texts:
     assert all(torch.equal(device.initial[name], value) for name, value in server.initial.items())
     with pytest.raises(WireError, match="releases of torch and peft"):
         server.likeness.require(device.likeness, config)
+
+
+ANSWERING = {
+    "BertModel": ("classification", "mean"),
+    "T5Model": ("classification", "own"),
+    "T5ForConditionalGeneration": ("seq2seq", "mean"),
+    "MambaForCausalLM": ("causal", "mean"),
+    "BertForSequenceClassification": ("classification", "own"),
+}
+
+
+@pytest.mark.parametrize("name", quick(ANSWERING, "T5Model"))
+def test_models_of_every_shape_answer(architecture: Architecture, name: str, tmp_path: Path) -> None:
+    task, pooling = ANSWERING[name]
+    texts = tmp_path / "texts.jsonl"
+    rows = ({"text": "red fox", "label": str(i % 3), "source": "red", "target": "fox"} for i in range(40))
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model = {"name": str(architecture(name)), "task": task, "pooling": pooling}
+    label = "label" if task == "classification" else ""
+    text = "" if task == "seq2seq" else "text"
+    data = {"path": str(texts), "text": text, "label": label, "max_length": 16}
+    session = Session(resolve_run({"clients": 2, "model": model, "data": data}))
+    assert Likeness.heard({FACT: session.likeness.told()}) == session.likeness
 
 
 SUMS = list(LIKE.sums)
