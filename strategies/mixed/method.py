@@ -22,7 +22,7 @@ import torch
 
 from fedllm.config import RunConfig
 from fedllm.data.tokens import Batch
-from fedllm.errors import ConfigError, ModelError
+from fedllm.errors import ConfigError, ModelError, RunFailed
 from fedllm.host.allocator import give_back_large_blocks
 from fedllm.models import model as models
 from fedllm.models.model import Model
@@ -168,6 +168,11 @@ class Mixed(Method):
         """Server: take the mean update, and of what was probed a share of the steps that slopes tell."""
         memory, report = dict(state.memory), {"probing": float(len(acc.cohort.slopes))}
         changes = acc.updates.mean() if acc.updates.count else {}
+        if acc.number and not changes and self.options.weight == "none":
+            raise RunFailed(
+                f'nobody who trains answered in round {acc.number}, and mixed.weight = "none" leaves out who '
+                "probes: take another weight, raise server.sample, or lower mixed.share"
+            )
         if acc.updates.count:
             memory[_LENGTH] = torch.tensor(acc.spread.length(), dtype=torch.float64)
         if acc.cohort.slopes and self.options.weight != "none":

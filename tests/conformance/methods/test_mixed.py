@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm.errors import ConfigError, ModelError
+from fedllm.errors import ConfigError, ModelError, RunFailed
 from fedllm.randomness import stream
 from fedllm.tensors import fingerprint
 from strategies.base import Commit, Exchange
@@ -127,6 +127,13 @@ def test_probes_that_count_nothing_leave_the_mean_of_those_that_train(opened: An
     ours, plain = opened(nodes=[1, 3], directions=4, weight="none"), opened("lora")
     found = federate(ours, start(ours), 1, (0, 1, 2, 3))
     assert fingerprint(found.tensors) == fingerprint(federate(plain, start(plain), 1, (0, 2)).tensors)
+
+
+def test_a_round_of_probes_that_count_nothing_ends_the_run_in_a_sentence(opened: Any) -> None:
+    session = opened(nodes=[1, 3], directions=4, weight="none")
+    begun = commit(session, start(session), 0, "fit", [])
+    with pytest.raises(RunFailed, match="nobody who trains answered in round 1"):
+        commit(session, begun, 1, "fit", [reply_of(ask(session, begun, Exchange("fit"), 1), 1)])
 
 
 def test_the_step_is_the_formula(opened: Any) -> None:
