@@ -24,7 +24,7 @@ from torch import nn
 
 from fedllm.config import RunConfig
 from fedllm.data.tokens import Tokens
-from fedllm.models.anatomy import longest_stack
+from fedllm.models.anatomy import longest_stack, plain
 from fedllm.models.model import Model
 from strategies.base import Passes
 from strategies.forward.slopes import settled
@@ -41,10 +41,12 @@ class Stack:
     Attributes:
         layers: all of them, in order.
         frozen: layers whose output cannot change while the trained tensors do; 0 rules caching out.
+        embeddings: what makes the lowest layer's input, where that is known; frozen as well.
     """
 
     layers: tuple[nn.Module, ...]
     frozen: int
+    embeddings: nn.Module | None = None
 
     @property
     def share(self) -> float:
@@ -53,18 +55,19 @@ class Stack:
 
     @contextmanager
     def resumed(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Let the frozen layers hand on ``hidden`` [b, t, width] instead of computing."""
+        """Let embeddings and frozen layers hand on ``hidden`` [b, t, width] instead of computing."""
 
-        def cached(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def cached(*args: Any, **kwargs: Any) -> torch.Tensor:
             return hidden
 
-        for layer in self.layers[: self.frozen]:
-            layer.__dict__["forward"] = cached
+        idle = [*self.layers[: self.frozen], *([] if self.embeddings is None else [self.embeddings])]
+        for module in idle:
+            module.__dict__["forward"] = cached
         try:
             yield
         finally:
-            for layer in self.layers[: self.frozen]:
-                del layer.__dict__["forward"]
+            for module in idle:
+                del module.__dict__["forward"]
 
 
 def stack_of(module: nn.Module) -> Stack:
@@ -83,7 +86,21 @@ def stack_of(module: nn.Module) -> Stack:
             continue
         inside = name.startswith(prefix + ".")
         frozen = min(frozen, int(name[len(prefix) + 1 :].split(".")[0]) if inside else 0)
-    return Stack(tuple(layers), frozen)
+    return Stack(tuple(layers), frozen, _embeddings(module) if frozen else None)
+
+
+def _embeddings(network: nn.Module) -> nn.Module | None:
+    """Return an encoder's embeddings, which look tokens, positions and segments up and normalise their sum.
+
+    Of other models they are a table alone, and of some (ALBERT, ELECTRA) not as wide as the layers.
+    """
+    base: Any = plain(getattr(network, "backbone", network)).base_model
+    found = getattr(base, "embeddings", None)
+    if not isinstance(found, nn.Module):
+        return None
+    tables = [part for part in found.modules() if isinstance(part, nn.Embedding)]
+    as_wide = all(table.embedding_dim == base.config.hidden_size for table in tables)
+    return found if tables and as_wide else None
 
 
 @dataclass(frozen=True)

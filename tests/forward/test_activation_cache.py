@@ -17,8 +17,10 @@ from strategies.base import Exchange
 from strategies.forward.activations import ActivationCache, FeatureCache, stack_of
 from strategies.forward.slopes import batch_loss, settled
 from strategies.session import Session
-from tests.conformance.federation import ask, start
+from tests.architectures import Architecture
+from tests.conformance.federation import ask, session_for, start
 from tests.forward.test_fwdllm import P, session_with
+from tests.parts import quick
 
 
 @pytest.fixture
@@ -54,11 +56,36 @@ def test_it_spares_the_frozen_layers(session: Session) -> None:
     stack = stack_of(session.model.module)
     entry, _ = ActivationCache(2**20).get(session.model, stack, session.client_tokens(0)[0])
     calls: list[int] = []
-    handle = stack.layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    table = session.model.module.backbone.get_input_embeddings()
+    for module in (stack.layers[0].attention, table):
+        module.register_forward_hook(lambda *_: calls.append(1))
     with settled(session.model.module), stack.resumed(entry.batch(np.arange(4))):
         session.model.forward(session.client_tokens(0)[0].batch(np.arange(4)))
-    handle.remove()
     assert not calls
+    session.model.forward(session.client_tokens(0)[0].batch(np.arange(4)))
+    assert calls == [1, 1]
+
+
+ENCODERS = (
+    "AlbertModel", "BertModel", "DistilBertModel", "ElectraModel", "MPNetModel", "MambaForCausalLM",
+    "ModernBertModel", "RobertaModel",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", quick(ENCODERS, "ElectraModel", "BertModel"))
+def test_models_of_every_shape_are_resumed(architecture: Architecture, name: str, tiny_texts: Path) -> None:
+    """Also those whose embeddings are narrower than their layers."""
+    session = session_for(architecture(name), tiny_texts, "fwdllm", tuning={"peft": "head", "targets": ()})
+    train, _ = session.client_tokens(0)
+    some = np.arange(6)
+    loss = batch_loss(session.model, train.batch(some))
+    values = {n: p.detach() + 0.1 for n, p in session.model.trainable().items()}
+    shortcut = ActivationCache(2**20).open(session.model, train)
+    with settled(session.model.module):
+        whole = loss(values)
+        with shortcut.resumed(some):
+            resumed = loss(values)
+    torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_files_hold_what_memory_would(session: Session) -> None:
