@@ -11,7 +11,6 @@ import platform
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -35,7 +34,6 @@ from fedllm.protocol.uplink import Sent, Uplink, Upload, clip_of
 from fedllm.protocol.wire import STALE, Instruction, Reply
 from fedllm.randomness import derive
 from fedllm.tensors import Tensors, digest, fingerprint
-from strategies import likeness
 from strategies.attack import attackers, bent, poisoned
 from strategies.base import Answer, Work
 from strategies.session import Session, open_session
@@ -189,11 +187,10 @@ class _Task:
             "memory_bytes": float(min(self.place.memory or machine, machine)),
         }
         facts = {
-            "fedllm": version("fedllm"),
+            **self.session.shared,
             "platform": platform.platform(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            likeness.FACT: self.session.likeness.told(),
         }
         return wire.pack_reply(Reply(*self.at, len(train), metrics, facts=facts))
 

@@ -1,10 +1,12 @@
-"""Whether server and client hold the same model: what both make of the same words.
+"""What server and clients have to have in common, and that no shape of an update tells.
 
 A device is told the name of a model, and takes what lies under that name where it is: another revision, other
 weights of the same shapes, another tokenizer. Frozen parts of an adapter are computed on each device, and may
-come out otherwise (the signs of a singular value decomposition are anybody's choice). No shape tells, and a
-mean with updates of such a model means nothing. So each client says, as it introduces itself, how its
-tokenizer reads a sentence and what its model answers; the server compares that with its own.
+come out otherwise (the signs of a singular value decomposition are anybody's choice). Texts that a run names,
+where devices bring none of their own, may be others under the same name; another release of fedllm may draw
+other directions. A mean with such updates means nothing. So each client says, as it introduces itself, which
+release and texts it has, how its tokenizer reads a sentence and what its model answers; the server compares
+that with its own.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from fedllm.randomness import stream
 from fedllm.tensors import Tensors
 from strategies.base import Method
 
-__all__ = ["FACT", "Likeness", "measure"]
+__all__ = ["MODEL", "OWN", "RELEASE", "TEXTS", "Likeness", "measure", "require_alike"]
 
-FACT = "likeness"
-"""The fact of an introduction that holds :meth:`Likeness.told`."""
+MODEL, RELEASE, TEXTS = "likeness", "fedllm", "texts"
+"""Facts of an introduction: :meth:`Likeness.told`, the release of fedllm, and digests of texts and parts."""
+OWN = "own"
+"""What stands for texts of a device's own, of which it tells no digest."""
 
 _WORDS = "The bank of Zürich wrote 3,141.59 to 2 naïve old friends: 'Don't!'  Is it OK? 日本 🙂"
 _MOST_TOKENS = 32
@@ -69,13 +73,13 @@ class Likeness:
         >>> Likeness.heard({"likeness": Likeness("a5", tuple(range(16))).told()}).sums[1]
         1.0
         """
-        if FACT not in facts:
+        if MODEL not in facts:
             raise WireError(
                 "it does not say what its model makes of a sentence: install the server's release of fedllm "
                 "on it"
             )
         try:
-            tokens, *sums = json.loads(facts[FACT])
+            tokens, *sums = json.loads(facts[MODEL])
         except (ValueError, TypeError) as error:
             raise WireError("what its model makes of a sentence cannot be read") from error
         numbers = [value for value in sums if isinstance(value, int | float) and math.isfinite(value)]
@@ -107,6 +111,30 @@ class Likeness:
                 f"{min(distance, 9.99):.0%}): give it the server's files of that model, and the same "
                 "releases of torch and peft"
             )
+
+
+def require_alike(ours: Mapping[str, str], facts: Mapping[str, str], config: RunConfig) -> None:
+    """Server: refuse a client that would work with other things than the server.
+
+    Args:
+        ours: as :attr:`strategies.session.Session.shared` has it.
+        facts: of the client's introduction.
+        config: the run.
+
+    Raises:
+        WireError: says what differs.
+    """
+    release, wanted = facts.get(RELEASE, "none that it tells"), ours[RELEASE]
+    if release != wanted:
+        raise WireError(f"its release of fedllm is {release}, and the server's {wanted}: install that on it")
+    if (texts := facts.get(TEXTS, "")) not in (ours[TEXTS], OWN):
+        which = "texts" if texts.partition(" ")[0] != ours[TEXTS].partition(" ")[0] else "parts of texts"
+        name = config.data.path or config.data.name
+        raise WireError(
+            f"the {which} that it reads under the name of {name} are not the server's: give it the server's "
+            "files, or start it with its own texts (--data)"
+        )
+    Likeness.heard(ours).require(Likeness.heard(facts), config)
 
 
 def measure(method: Method, model: Model, initial: Tensors) -> Likeness:
@@ -146,7 +174,7 @@ def _moved(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         size = float(tensor.double().square().mean().sqrt())
         far = _MOVED * size if size else _FROM_ZERO
-        noise = stream(0, FACT, name).uniform(-far, far, tuple(tensor.shape))
+        noise = stream(0, MODEL, name).uniform(-far, far, tuple(tensor.shape))
         moved[name] = tensor + torch.from_numpy(noise).to(tensor.dtype)
     return moved
 
@@ -154,7 +182,7 @@ def _moved(tensors: Tensors) -> Tensors:
 def _sums(values: torch.Tensor) -> tuple[float, ...]:
     """Sum a table [..., outputs] with signs, each a product of its row's and its column's."""
     table = values.reshape(-1, values.shape[-1]).double().cpu().numpy()
-    draw = stream(0, FACT)
+    draw = stream(0, MODEL)
     rows, columns = (1.0 - 2.0 * draw.integers(0, 2, (_SUMS, size)) for size in table.shape)
     found = np.einsum("kt,to,ko->k", rows, table, columns, optimize=True) / math.sqrt(table.size)
     return tuple(float(f"{value:.9g}") for value in found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib.metadata import version
 
 import numpy as np
 
@@ -78,7 +79,11 @@ class Session:
     @cached_property
     def inputs(self) -> dict[str, str]:
         """Digests of what the run is made from; see :mod:`fedllm.data.digests`."""
-        return inputs.of_texts(*self.split, self.partition) | inputs.of_model(self.config.model.name)
+        return self._texts | inputs.of_model(self.config.model.name)
+
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        return inputs.of_texts(*self.split, self.partition)
 
     def prepare(self) -> None:
         """Load data and model now, so that what is wrong with them shows before a run begins.
@@ -146,9 +151,13 @@ class Session:
         return self._built[1]
 
     @cached_property
-    def likeness(self) -> likeness.Likeness:
-        """What this process's model makes of a sentence, by which server and clients compare theirs."""
-        return likeness.measure(self.method, self.model, self.initial)
+    def shared(self) -> dict[str, str]:
+        """What server and clients have to have in common, as a client tells it when it introduces itself."""
+        return {
+            likeness.RELEASE: version("fedllm"),
+            likeness.TEXTS: likeness.OWN if self.own_data else inputs.told(self._texts),
+            likeness.MODEL: likeness.measure(self.method, self.model, self.initial).told(),
+        }
 
     @cached_property
     def test_tokens(self) -> Tokens:

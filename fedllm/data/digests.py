@@ -18,7 +18,7 @@ from fedllm.data.corpus import Corpus
 from fedllm.data.partition import Indices
 from fedllm.errors import StoreError
 
-__all__ = ["of_model", "of_texts", "require_same_inputs"]
+__all__ = ["of_model", "of_texts", "require_same_inputs", "told"]
 
 _WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.gguf")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json")
@@ -42,6 +42,15 @@ def of_texts(train: Corpus, test: Corpus, parts: Sequence[Indices]) -> dict[str,
     partition = hashlib.sha256()
     _add(partition, (part.astype("<i8").tobytes() for part in parts))
     return {"texts": texts.hexdigest(), "partition": partition.hexdigest()}
+
+
+def told(inputs: Mapping[str, str]) -> str:
+    """Return what a client tells of texts that the run's configuration names: which, and who has which part.
+
+    >>> told({"texts": "12" * 32, "partition": "ab" * 32, "weights": "00" * 32})
+    '1212121212121212 abababababababab'
+    """
+    return " ".join(inputs[kind][:16] for kind in ("texts", "partition"))
 
 
 def of_model(name: str) -> dict[str, str]:

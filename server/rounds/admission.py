@@ -20,8 +20,7 @@ from server.rounds.exchange.messages import Messages
 from server.rounds.orders import Orders
 from server.rounds.roster import Member, Roster
 from server.rounds.round_log import RoundLog
-from strategies import likeness
-from strategies.likeness import Likeness
+from strategies.likeness import MODEL, OWN, TEXTS, require_alike
 
 __all__ = ["Admission", "Proven"]
 
@@ -83,7 +82,7 @@ class Admission:
         store: gets an event for every client that joins, is refused, leaves or comes back.
         say: called with a phase and its numbers while clients are waited for.
         proven: what nodes' keys prove; None where there are none, as in a simulation: numbers are believed.
-        like: what the server's model makes of a sentence, as each client's must; None compares nothing.
+        shared: what each client has to have in common with the server; None compares nothing.
         deadline_s: seconds for which clients are waited for; unset takes ``server.deadline_s``.
     """
 
@@ -96,13 +95,13 @@ class Admission:
         store: RunStore,
         say: Callable[..., None],
         proven: Proven | None = None,
-        like: Likeness | None = None,
+        shared: Mapping[str, str] | None = None,
         deadline_s: float | None = None,
     ) -> None:
         self._deadline_s = config.server.deadline_s if deadline_s is None else deadline_s
         self._config, self._roster, self._messages = config, roster, messages
         self._orders, self._store, self._say, self._proven = orders, store, say, proven
-        self._like = like
+        self._shared = shared
         self._away: set[int] = set()
         self._talk: Conversation | None = None
         self._asked: dict[int, _Question] = {}
@@ -270,8 +269,8 @@ class Admission:
             member = _member(reply, flower_id)
             if self._proven is not None:
                 _require_own_number(member.node, number)
-            if self._like is not None:
-                self._like.require(Likeness.heard(reply.facts), self._config)
+            if self._shared is not None:
+                require_alike(self._shared, reply.facts, self._config)
             if self._messages.signatures is not None:
                 self._messages.signatures.introduce(member.node, reply)
                 self._store.certify(member.node, reply.certificate)
@@ -285,8 +284,9 @@ class Admission:
         self._crossed(member.node, asked, message.content, log)
         self._say("meeting clients", have=len(self._roster.members), need=self._config.clients)
         self._messages.downlink.sent.known.setdefault(member.node, 0)
-        facts = dict(reply.facts)
-        facts.pop(likeness.FACT, None)
+        facts = {name: told for name, told in reply.facts.items() if name != MODEL}
+        if facts.get(TEXTS) != OWN:
+            facts.pop(TEXTS, None)
         self._store.node_log(member.node, facts.pop(wire.LOG, ""), round=log.number)
         if facts:
             device = {**reply.metrics, **facts}

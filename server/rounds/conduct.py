@@ -263,7 +263,7 @@ def _compose(
         privacy=privacy,
         clock=clock,
         signatures=Signatures(authority, run) if authority else None,
-        like=session.likeness,
+        shared=session.shared,
     )
     engine.summary()
     if robust.keeps(config.server):

@@ -8,7 +8,7 @@ count with its reason. It is final: a new method is a new file beside it, not a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
@@ -46,7 +46,6 @@ from server.rounds.state import ServerState
 from server.rounds.timing.buffered import Buffered
 from server.rounds.timing.clock import Clock, Timed
 from strategies.base import Exchange, Method
-from strategies.likeness import Likeness
 
 __all__ = ["Engine"]
 
@@ -70,7 +69,7 @@ class Engine(Strategy):
         privacy: of a differentially private run: noise, cohorts and what is spent.
         clock: of simulated devices, by which clients are there, late or gone; None goes by the host's own.
         signatures: checks whose each reply is; None where nodes have no certificates, as in a simulation.
-        like: what the server's model makes of a sentence, as each client's must; None compares nothing.
+        shared: what each client has to have in common with the server; None compares nothing.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Engine(Strategy):
         privacy: Privacy | None = None,
         clock: Clock | None = None,
         signatures: Signatures | None = None,
-        like: Likeness | None = None,
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.method, self.codecs, self.store = config, method, codecs, store
         self.state = state
@@ -112,7 +111,7 @@ class Engine(Strategy):
         self._orders = Orders(store, self._roster)
         self._admission = Admission(
             config, self._roster, self._messages, self._orders, store, self._say,
-            proven=proven, like=like, deadline_s=self._patience_s,
+            proven=proven, shared=shared, deadline_s=self._patience_s,
         )  # fmt: skip
         self._buffered = Buffered(
             config, state, self._roster, store, clock, self._patience_s,

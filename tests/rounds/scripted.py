@@ -27,7 +27,6 @@ from server.rounds.timing.clock import Clock
 from simulations.engines.loopback import LoopbackGrid, loopback
 from strategies.averaging import Averaging, MeanAccumulator
 from strategies.base import Answer, Commit, Exchange, State, Work
-from strategies.likeness import Likeness
 
 START: Tensors = {"a": torch.zeros(2), "b": torch.zeros(1)}
 EXAMPLES = 10
@@ -129,7 +128,7 @@ def engine_of(
     privacy: Privacy | None = None,
     clock: Clock | None = None,
     signatures: Signatures | None = None,
-    like: Likeness | None = None,
+    shared: Mapping[str, str] | None = None,
 ) -> Engine:
     return Engine(
         config,
@@ -146,7 +145,7 @@ def engine_of(
         privacy=privacy,
         clock=clock,
         signatures=signatures,
-        like=like,
+        shared=shared,
     )
 
 

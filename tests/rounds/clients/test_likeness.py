@@ -1,11 +1,11 @@
-"""A device with another model than the server's has no part in a run, though every shape is right."""
+"""A device with another model, other texts or another release has no part in a run; no shape tells."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from fedllm.protocol.wire import Instruction, Reply
 from fedllm.runs.reader import Run
 from fedllm.runs.writer import RunStore
 from simulations.engines.loopback import loopback
-from strategies.likeness import FACT, Likeness
+from strategies.likeness import MODEL, OWN, RELEASE, TEXTS, Likeness, require_alike
 from strategies.registry import resolve_run
 from strategies.session import Session, forget_sessions
 from tests.architectures import Architecture
+from tests.conftest import CLASSES
 from tests.parts import quick
 from tests.rounds.scripted import ScriptedGrid, constant, engine_of, grid_of, scripted, send
 
@@ -58,15 +59,14 @@ def config_of(model: Path, texts: Path, **tuning: object) -> RunConfig:
     )
 
 
-def introduced(config: RunConfig, folder: Path) -> Likeness:
-    """Return what a device says that loads the model as it lies there now."""
+def introduced(config: RunConfig, folder: Path, own: str = "") -> Mapping[str, str]:
+    """Return the facts of a device that loads model and texts as they lie there now."""
     forget_sessions()
-    place = NodeContext(0, "", str(folder), str(folder), keep_replies=True)
-    told = wire.unpack_reply(
-        answer(wire.pack_instruction(Instruction("r", "describe")), config.to_json(), place)
-    )
+    place = NodeContext(0, own, str(folder), str(folder), keep_replies=True)
+    asked = wire.pack_instruction(Instruction("r", "describe"))
+    told = wire.unpack_reply(answer(asked, config.to_json(), place))
     assert not told.error
-    return Likeness.heard(told.facts)
+    return told.facts
 
 
 def test_the_same_files_make_the_same_of_the_sentence_and_leave_the_model_as_it_was(
@@ -74,9 +74,9 @@ def test_the_same_files_make_the_same_of_the_sentence_and_leave_the_model_as_it_
 ) -> None:
     config = config_of(model, tiny_texts)
     server = Session(config)
-    measured = server.likeness
-    assert introduced(config, tmp_path) == measured
-    measured.require(measured, config)
+    facts = introduced(config, tmp_path)
+    assert {name: facts[name] for name in server.shared} == server.shared
+    require_alike(server.shared, facts, config)
     assert server.model.module.training
     now = server.model.read()
     assert all(torch.equal(now[name], value) for name, value in server.initial.items())
@@ -104,10 +104,46 @@ def test_other_weights_and_other_words_are_told_apart(
     changed: Callable[[Path], None], reason: str, model: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
     config = config_of(model, tiny_texts)
-    server = Session(config).likeness
+    server = Session(config).shared
     changed(model)
     with pytest.raises(WireError, match=reason):
-        server.require(introduced(config, tmp_path), config)
+        require_alike(server, introduced(config, tmp_path), config)
+
+
+def test_other_texts_under_the_same_name_are_told_apart_and_own_ones_not_told(
+    model: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    texts = Path(shutil.copy(tiny_texts, tmp_path / "texts.jsonl"))
+    plain = config_of(model, texts)
+    config = plain.model_copy(
+        update={"data": plain.data.model_copy(update={"classes": tuple(sorted(CLASSES))})}
+    )
+    server = Session(config).shared
+    lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
+    texts.write_text("".join([*lines[1:], lines[0]]), encoding="utf-8")
+    with pytest.raises(WireError, match=f"the texts that it reads under the name of {texts}"):
+        require_alike(server, introduced(config, tmp_path), config)
+    facts = introduced(config, tmp_path, own=str(texts))
+    assert facts[TEXTS] == OWN
+    require_alike(server, facts, config)
+
+
+def test_parts_that_are_dealt_otherwise_and_other_releases_are_told_apart(
+    model: Path, tiny_texts: Path
+) -> None:
+    config = config_of(model, tiny_texts)
+    ours = Session(config).shared
+    other = {TEXTS: Session(config.model_copy(update={"seed": 1})).shared[TEXTS]}
+    parts = {TEXTS: f"{ours[TEXTS].split()[0]} {other[TEXTS].split()[1]}"}
+    for facts, reason in (
+        (parts, "the parts of texts"),
+        (other, "the texts that"),
+        ({TEXTS: ""}, "the texts"),
+    ):
+        with pytest.raises(WireError, match=reason):
+            require_alike(ours, {**ours, **facts}, config)
+    with pytest.raises(WireError, match=r"its release of fedllm is 9\.9\.9, and the server's"):
+        require_alike(ours, {**ours, RELEASE: "9.9.9"}, config)
 
 
 def test_frozen_factors_with_other_signs_are_told_apart(model: Path, tiny_texts: Path) -> None:
@@ -120,7 +156,7 @@ def test_frozen_factors_with_other_signs_are_told_apart(model: Path, tiny_texts:
             module.tinylora_B["default"][:, 0] *= -1.0  # type: ignore[index]
     assert all(torch.equal(device.initial[name], value) for name, value in server.initial.items())
     with pytest.raises(WireError, match="releases of torch and peft"):
-        server.likeness.require(device.likeness, config)
+        require_alike(server.shared, device.shared, config)
 
 
 ANSWERING = {
@@ -136,14 +172,20 @@ ANSWERING = {
 def test_models_of_every_shape_answer(architecture: Architecture, name: str, tmp_path: Path) -> None:
     task, pooling = ANSWERING[name]
     texts = tmp_path / "texts.jsonl"
-    rows = ({"text": "red fox", "label": str(i % 3), "source": "red", "target": "fox"} for i in range(40))
-    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts.write_text(
+        "".join(
+            json.dumps({"text": f"fox {i}", "label": str(i % 3), "source": f"fox {i}", "target": "fox"})
+            + "\n"
+            for i in range(40)
+        ),
+        encoding="utf-8",
+    )
     model = {"name": str(architecture(name)), "task": task, "pooling": pooling}
     label = "label" if task == "classification" else ""
     text = "" if task == "seq2seq" else "text"
     data = {"path": str(texts), "text": text, "label": label, "max_length": 16}
     session = Session(resolve_run({"clients": 2, "model": model, "data": data}))
-    assert Likeness.heard({FACT: session.likeness.told()}) == session.likeness
+    require_alike(session.shared, session.shared, session.config)
 
 
 SUMS = list(LIKE.sums)
@@ -153,31 +195,35 @@ SUMS = list(LIKE.sums)
 def test_what_is_no_likeness_is_refused(told: object) -> None:
     for said in (json.dumps(told), json.dumps(told)[:-1]):
         with pytest.raises(WireError, match="cannot be read"):
-            Likeness.heard({FACT: said})
-    assert Likeness.heard({FACT: LIKE.told()}) == LIKE
+            Likeness.heard({MODEL: said})
+    assert Likeness.heard({MODEL: LIKE.told()}) == LIKE
+
+
+SHARED = {RELEASE: "1.2.3", TEXTS: "a b", MODEL: LIKE.told()}
 
 
 class Introducing(ScriptedGrid):
-    """Client 3 holds another model, client 2 says nothing of its own."""
+    """Client 3 holds another model, client 2 tells nothing; client 1 has texts of its own."""
 
     def introduction(self, node: int, told: Reply) -> Reply:
-        sums = (*LIKE.sums[:-1], 9.0) if node == 3 else LIKE.sums
-        facts = {} if node == 2 else {FACT: replace(LIKE, sums=sums).told()}
-        return replace(told, facts=facts)
+        other = replace(LIKE, sums=(*LIKE.sums[:-1], 9.0))
+        facts = {0: {}, 1: {TEXTS: OWN}, 3: {MODEL: other.told()}}
+        return replace(told, facts={} if node == 2 else {**SHARED, **facts[node]})
 
 
 def test_who_holds_another_model_is_not_admitted_and_the_others_go_on(tmp_path: Path) -> None:
     config = scripted(rounds=1, server={"deadline_s": 0.5})
     with loopback(4, {}), RunStore.create(tmp_path / "run", config) as store:
-        engine = engine_of(config, store, like=LIKE)
+        engine = engine_of(config, store, shared=SHARED)
         engine.start(
             grid_of(config, lambda node, asked: send(config, node, asked, constant(1.0)), kind=Introducing)
         )
     found = Run(tmp_path / "run")
     refused = {event.fields["node"]: event.message for event in found.events() if event.kind == "refused"}
     assert refused.keys() == {2, 3}
-    assert "it does not say what its model makes of a sentence" in refused[2]
+    assert "its release of fedllm is none that it tells" in refused[2]
     assert "(off by 7%)" in refused[3]
     assert {row.node for row in found.nodes()} == {0, 1}
-    joined = [event for event in found.events() if event.kind == "joined"]
-    assert all(FACT not in event.fields.get("device", {}) for event in joined)
+    joined = {e.fields["node"]: e.fields["device"] for e in found.events() if e.kind == "joined"}
+    assert all(MODEL not in device for device in joined.values())
+    assert [joined[node].get(TEXTS) for node in (0, 1)] == [None, OWN]
