@@ -164,6 +164,15 @@ def evaluate(
         return
     told = ", ".join(f"{name} {number(found.metrics[name])}" for name in in_order(found.metrics))
     print(f"{told} on {found.texts:,} texts, after round {found.round}")
+    if found.trained_on is None:
+        print(
+            "the texts that the run was trained on are not at hand: whether these are among them is not known"
+        )
+    elif found.trained_on:
+        print(
+            f"{found.trained_on:,} of them stand among the texts that the run shares out for training, so "
+            "that its scores may be too good"
+        )
 
 
 def _asked(given: Sequence[str], file: Path | None) -> Sequence[str | Row]:

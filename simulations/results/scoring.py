@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.data import corpus as data
 from fedllm.data.corpus import Corpus
-from fedllm.errors import ConfigError, DataError
+from fedllm.data.digests import require_same_inputs
+from fedllm.errors import ConfigError, DataError, StoreError
 from fedllm.runs.reader import Run
 from fedllm.runs.records import FILE
 from fedllm.tasks.metrics import by_class
@@ -26,12 +28,15 @@ class Scores:
         metrics: by name, as in ``summary.json``.
         classes: ``texts``, ``predicted`` and ``recall`` by class, where there are classes.
         texts: that were scored.
+        trained_on: of them, that stand among the texts that the run shares out: it may have learnt them.
+            None where those texts are not at hand any more.
         round: after which the model is as it is.
     """
 
     metrics: dict[str, float]
     classes: dict[str, dict[str, float]]
     texts: int
+    trained_on: int | None
     round: int
 
 
@@ -48,23 +53,41 @@ def evaluate(folder: Path, on: Path | None = None, round: Which = None) -> Score
         ConfigError: the other run has another task, or other classes.
         DataError: the file cannot be read, has a class that the run does not know, or holds no text that is
             scored.
-        StoreError: as :func:`simulations.results.predict.restore`.
+        StoreError: as :func:`simulations.results.predict.restore`, or the texts of either run are no longer
+            those that it was begun with.
     """
     found = answering(folder, round)
     model, session = found.model, Session(found.model.config)
-    corpus = _held_out(session, model.labels, on)
+    corpus = _held_out(session, folder, model.labels, on)
     tokens = model.tokenise(corpus)
     if not len(tokens):
         raise DataError(f"no text of {on or folder} is left to score")
     if model.task.prepares:  # by the model as it began, which is another one in memory
         tokens = session.prepared(tokens)
     metrics, classes = by_class(found.method.score(model, tokens))
-    return Scores(metrics, classes, len(tokens.texts()), found.round)
+    scored = [corpus.texts[index] for index in tokens.texts()]
+    return Scores(metrics, classes, len(scored), _trained_on(folder, scored), found.round)
 
 
-def _held_out(session: Session, labels: tuple[str, ...], on: Path | None) -> Corpus:
+def _trained_on(folder: Path, scored: Sequence[str]) -> int | None:
+    try:
+        shared_out = set(_as_begun(folder).split[0].texts)
+    except (DataError, StoreError):
+        return None
+    return sum(text in shared_out for text in scored)
+
+
+def _as_begun(folder: Path) -> Session:
+    """Return a run's session, whose texts are still what they were: others would be split otherwise."""
+    run = Run(folder)
+    session = Session(run.config)
+    require_same_inputs(folder, run.config, run.provenance.get("inputs", {}), session.inputs)
+    return session
+
+
+def _held_out(session: Session, folder: Path, labels: tuple[str, ...], on: Path | None) -> Corpus:
     if on is None:
-        return session.split[1]
+        return _as_begun(folder).split[1]
     if (on / FILE).is_file():
         return _of_run(session, labels, on)
     where = session.config.data.model_copy(update={"path": str(on), "partition": "iid"})
@@ -72,7 +95,7 @@ def _held_out(session: Session, labels: tuple[str, ...], on: Path | None) -> Cor
 
 
 def _of_run(session: Session, labels: tuple[str, ...], on: Path) -> Corpus:
-    other, ours = Session(Run(on).config), session.config.model.task
+    other, ours = _as_begun(on), session.config.model.task
     if (theirs := other.config.model.task) != ours:
         raise ConfigError(f'{on} is of model.task = "{theirs}", and this run of "{ours}"')
     corpus = other.split[1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from fedllm.errors import ConfigError, DataError
+from fedllm.errors import ConfigError, DataError, StoreError
 from fedllm.runs.reader import Run
 from simulations.results.predict import predict
 from simulations.results.scoring import evaluate
@@ -37,6 +38,7 @@ def test_on_its_own_test_set_a_model_scores_what_the_run_says(first: Path) -> No
     assert found.metrics == pytest.approx({name: told[name] for name in found.metrics})
     assert found.metrics["accuracy"] > 0
     assert (found.round, found.texts) == (2, len(Session(Run(first).config).split[1]))
+    assert found.trained_on == 0
 
 
 def test_on_anothers_it_is_right_where_its_predictions_are(first: Path, second: Path, tmp_path: Path) -> None:
@@ -48,6 +50,8 @@ def test_on_anothers_it_is_right_where_its_predictions_are(first: Path, second: 
     found = evaluate(first, second)
     assert found.metrics["accuracy"] == pytest.approx(expected)
     assert found.texts == len(held_out)
+    learnt = set(Session(Run(first).config).split[0].texts)
+    assert found.trained_on == len([text for text in held_out.texts if text in learnt]) > 0
     assert found.metrics != pytest.approx(evaluate(first).metrics)
     rows = tmp_path / "rows.jsonl"
     pairs = zip(held_out.texts, names, strict=True)
@@ -65,6 +69,22 @@ def test_the_command_says_it_in_a_line_and_as_json(first: Path, fedllm: Fedllm) 
     assert out.endswith("texts, after round 1\n")
     code, out, _ = fedllm("evaluate", str(first), "--json")
     assert json.loads(out)["metrics"] == pytest.approx(evaluate(first).metrics)
+
+
+def test_texts_that_were_changed_since_are_not_taken_for_those_held_out(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path, fedllm: Fedllm
+) -> None:
+    texts = Path(shutil.copy(tiny_texts, tmp_path / "texts.jsonl"))
+    run(configuration(tiny_encoder, texts, rounds=1), tmp_path / "run")
+    _, out, _ = fedllm("evaluate", str(tmp_path / "run"), "--on", str(texts))
+    assert f"{evaluate(tmp_path / 'run', texts).trained_on:,} of them stand among" in out
+    lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
+    texts.write_text("".join(lines[:-1]), encoding="utf-8")
+    with pytest.raises(StoreError, match=r"are not what .* was begun with"):
+        evaluate(tmp_path / "run")
+    code, out, _ = fedllm("evaluate", str(tmp_path / "run"), "--on", str(tiny_texts))
+    assert code == 0
+    assert "whether these are among them is not known" in out
 
 
 def test_what_cannot_be_scored_is_refused(
