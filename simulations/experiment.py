@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fedllm.config import RunConfig, as_name, parse_override
 from fedllm.errors import ConfigError
 from fedllm.runs.provenance.identity import difference
-from strategies.registry import resolve_run
+from strategies.registry import method_options, resolve_run
 
 __all__ = [
     "Baseline",
@@ -181,9 +181,18 @@ def _labels(combinations: Sequence[Sequence[str]], overrides: Sequence[str]) -> 
 
 
 def as_baseline(config: RunConfig, kind: Baseline | None) -> list[tuple[str, RunConfig]]:
-    """Turn a federation into its baseline: as many steps, the same split, no messages that matter."""
+    """Turn a federation into its baseline: as many steps, the same split, no messages that matter.
+
+    Raises:
+        ConfigError: such a baseline would be none of the method.
+    """
     if kind is None:
         return [("", config)]
+    if why := method_options(config.method).no_baseline.get(kind):
+        raise ConfigError(
+            f'--baseline {kind} would be none of method = "{config.method}": {why}; take the baseline of '
+            'another method, such as "lora"'
+        )
     document = config.to_document()
     document.update(clients=1, codec={}, server={})
     if kind == "central":

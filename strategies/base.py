@@ -301,6 +301,10 @@ class Method(ABC):
         """Return the global tensors of version 0, which every node derives for itself."""
         return model.read()
 
+    def begun_from(self, tensors: Tensors) -> Tensors:
+        """Return what a run begins with that goes on from an earlier one's global tensors (``init_from``)."""
+        return tensors
+
     def view(self, tensors: Tensors, node: int) -> Tensors:
         """Return what ``node`` holds of the global tensors; a function of config, node and shapes."""
         return tensors

@@ -26,15 +26,14 @@ from fedllm.errors import WireError
 from fedllm.models.anatomy import plain
 from fedllm.models.model import Model
 from fedllm.randomness import stream
+from fedllm.runs.records import OWN, TEXTS
 from fedllm.tensors import Tensors
 from strategies.base import Method
 
-__all__ = ["MODEL", "OWN", "RELEASE", "TEXTS", "Likeness", "measure", "require_alike"]
+__all__ = ["MODEL", "RELEASE", "Likeness", "measure", "require_alike"]
 
-MODEL, RELEASE, TEXTS = "likeness", "fedllm", "texts"
-"""Facts of an introduction: :meth:`Likeness.told`, the release of fedllm, and digests of texts and parts."""
-OWN = "own"
-"""What stands for texts of a device's own, of which it tells no digest."""
+MODEL, RELEASE = "likeness", "fedllm"
+"""Facts of an introduction beside ``texts``: :meth:`Likeness.told`, and the release of fedllm."""
 
 _WORDS = "The bank of Zürich wrote 3,141.59 to 2 naïve old friends: 'Don't!'  Is it OK? 日本 🙂"
 _MOST_TOKENS = 32

@@ -22,6 +22,7 @@ from fedllm.data.corpus import Corpus
 from fedllm.data.tokens import Tokens
 from fedllm.errors import DataError
 from fedllm.models.model import Model
+from fedllm.runs.records import OWN, TEXTS
 from fedllm.tasks.base import Task
 from fedllm.tensors import Tensors
 from strategies import likeness
@@ -155,7 +156,7 @@ class Session:
         """What server and clients have to have in common, as a client tells it when it introduces itself."""
         return {
             likeness.RELEASE: version("fedllm"),
-            likeness.TEXTS: likeness.OWN if self.own_data else inputs.told(self._texts),
+            TEXTS: OWN if self.own_data else inputs.told(self._texts),
             likeness.MODEL: likeness.measure(self.method, self.model, self.initial).told(),
         }
 

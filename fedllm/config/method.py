@@ -19,6 +19,7 @@ class MethodOptions(Section):
         slopes: whether its clients measure slopes of the loss, which a base of low precision rounds.
         unread: keys of the run's other sections that the method does not read, such as ``tuning.rank``.
         needs: options that only count beside another: its name, and the values that let them count.
+        no_baseline: kinds of baseline (``local``, ``central``) that would be none of it, and why.
     """
 
     method: ClassVar[str]
@@ -27,3 +28,4 @@ class MethodOptions(Section):
     slopes: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}
+    no_baseline: ClassVar[Mapping[str, str]] = {}

@@ -22,7 +22,7 @@ from fedllm.runs.database import GO_ON_FROM, GO_ON_TO, connect, insert, select, 
 from fedllm.runs.durable import disk_errors, to_json
 from fedllm.runs.provenance import chain
 from fedllm.runs.provenance.chain import Link
-from fedllm.runs.records import FILE, Command, Event, NodeLog, NodeRound, RoundRecord
+from fedllm.runs.records import FILE, OWN, TEXTS, Command, Event, NodeLog, NodeRound, RoundRecord
 from fedllm.runs.summary import Best, best_of
 
 __all__ = ["Run", "find"]
@@ -92,8 +92,20 @@ class Run:
 
     @property
     def partition(self) -> dict[str, Any]:
-        """``partition.json``, or an empty mapping where none was written."""
-        return self._document("partition.json")
+        """``partition.json``, or an empty mapping where none was written.
+
+        It says how the texts that the run names are shared out. Where devices have texts of their own it
+        says nothing of ``clients``: those hold what nobody else knows.
+        """
+        found = self._document("partition.json")
+        return {**found, "clients": []} if found and self.own_texts else found
+
+    @property
+    def own_texts(self) -> bool:
+        """Whether a client trains on texts of its own, in place of a part of those that the run names."""
+        query = "SELECT 1 FROM events WHERE kind = 'joined' AND json_extract(fields, ?) = ? LIMIT 1"
+        with disk_errors(self.folder), connect(self.folder) as connection:
+            return connection.execute(query, (f"$.device.{TEXTS}", OWN)).fetchone() is not None
 
     @property
     def pid(self) -> int | None:

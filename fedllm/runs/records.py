@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["CHECKING", "FILE", "Command", "Event", "NodeLog", "NodeRound", "RoundRecord"]
+__all__ = ["CHECKING", "FILE", "OWN", "TEXTS", "Command", "Event", "NodeLog", "NodeRound", "RoundRecord"]
 
 FILE = "run.db"
 """Where they are kept; a folder that holds it holds a run."""
 CHECKING = "checking"
 """The phase in which a second base is loaded: whoever finds it left behind knows what ended the process."""
+
+
+TEXTS, OWN = "texts", "own"
+"""What a client that joins says of its texts, and that they are its own: no others than it know of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import RunFailed, WireError
 from fedllm.protocol import claims, wire
 from fedllm.protocol.wire import Instruction
+from fedllm.runs.records import OWN, TEXTS
 from fedllm.runs.writer import RunStore
 from server.rounds.exchange.conversation import LONGEST_PAUSE_S, Conversation
 from server.rounds.exchange.intake import refusal
@@ -20,7 +21,7 @@ from server.rounds.exchange.messages import Messages
 from server.rounds.orders import Orders
 from server.rounds.roster import Member, Roster
 from server.rounds.round_log import RoundLog
-from strategies.likeness import MODEL, OWN, TEXTS, require_alike
+from strategies.likeness import MODEL, require_alike
 
 __all__ = ["Admission", "Proven"]
 

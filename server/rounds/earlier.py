@@ -77,7 +77,7 @@ def start_of(session: Session) -> Start:
         raise ConfigError(f"{_KEY}: {error}") from error
     tensors = saved.groups["tensors"]
     source = {"folder": str(folder), "run": run, "round": saved.number, "state_sha256": fingerprint(tensors)}
-    return Start(tensors, source, _notes(session, earlier))
+    return Start(session.method.begun_from(tensors), source, _notes(session, earlier))
 
 
 def _notes(session: Session, earlier: Run) -> tuple[str, ...]:

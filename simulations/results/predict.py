@@ -42,6 +42,7 @@ __all__ = [
     "raw",
     "restore",
     "rows",
+    "segmented",
     "sentences",
     "tokenizer",
 ]
@@ -150,16 +151,33 @@ def plain_model(folder: Path, round: Which = None) -> Any:
 
 
 def tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a run's model; it makes what the model was trained on: ids and their mask."""
-    found = unbounded(restore(folder).model.tokenizer)
-    found.model_input_names = ["input_ids", "attention_mask"]
+    """Return the tokenizer of a run's model; it makes what the model was trained on, and nothing else.
+
+    That is ids and their mask, and numbers of segments where the task has two texts read as one.
+    """
+    model = restore(folder).model
+    found = unbounded(model.tokenizer)
+    found.model_input_names = [
+        "input_ids",
+        "attention_mask",
+        *(["token_type_ids"] if segmented(model) else []),
+    ]
     return found
+
+
+def segmented(model: Model) -> bool:
+    """Whether the model is told which of two texts a token is in."""
+    return "token_type_ids" in sentences(model).extra
 
 
 def sentences(model: Model) -> Batch:
     """Return something to score: what it says is of no account."""
     texts = ["One sentence that no client holds.", "And another, of 7 words."]
-    rows = [Row(model.task.row_of(text), "given", "a sentence") for text in texts]
+    pair = model.config.data.pair
+    rows = [
+        Row(model.task.row_of(text) | ({} if pair is None else {pair: text}), "given", "a sentence")
+        for text in texts
+    ]
     found = model.tokenise(model.task.ask(rows, model.labels))
     return found.batch(range(len(found)))
 

@@ -32,6 +32,12 @@ class Options(MethodOptions):
         "tuning.blocks",
         "tuning.block_order",
     )
+    no_baseline = MappingProxyType(
+        {
+            "central": "a round of it is one batch and its directions for each client, of which more local "
+            "steps make no more"
+        }
+    )
     needs = MappingProxyType(
         {
             "radius": ("estimator", ("antithetic",)),

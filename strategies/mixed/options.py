@@ -20,6 +20,11 @@ class Options(MethodOptions):
     descends = True
     slopes = True
     unread = ("tuning.blocks", "tuning.block_order")
+    no_baseline = MappingProxyType(
+        dict.fromkeys(
+            ("local", "central"), "it deals clients out between training and probing, and a baseline has one"
+        )
+    )
     needs = MappingProxyType({"radius": ("estimator", ("antithetic",)), "parallel": ("estimator", ("jvp",))})
 
     share: float | None = Field(None, ge=0.0, le=1.0)

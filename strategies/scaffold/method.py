@@ -65,6 +65,12 @@ class Scaffold(Averaging):
         tensors = model.read()
         return tensors | {_CONTROL + name: torch.zeros_like(value) for name, value in tensors.items()}
 
+    def begun_from(self, tensors: Tensors) -> Tensors:
+        """Take the weights; c begins at zero again, as the clients' c_k do, which no result holds."""
+        return _weights(tensors) | {
+            name: torch.zeros_like(value) for name, value in tensors.items() if name.startswith(_CONTROL)
+        }
+
     def load(self, model: Model, tensors: Tensors) -> None:
         """Put the weights into the model; it has no place for c."""
         model.write(_weights(tensors))

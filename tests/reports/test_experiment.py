@@ -58,6 +58,14 @@ def test_a_baseline_of_clients_is_not_one_run_many_times(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("method", "kind"), [("fwdllm", "central"), ("mixed", "central"), ("mixed", "local")]
+)
+def test_a_baseline_that_would_do_less_is_refused(method: str, kind: Baseline, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f'--baseline {kind} would be none of method = "{method}"'):
+        plan({"method": method}, [], out=tmp_path, baseline=kind)
+
+
+@pytest.mark.parametrize(
     "shared",
     [
         {"partition": "natural", "by": "who"},

@@ -32,7 +32,8 @@ def write_card(run: Run, place: Path, round: int) -> None:
     """
     told = json.loads((place / "fedllm.json").read_bytes())
     config = run.config
-    measured = [record.metrics for record in run.rounds() if record.round <= round and record.metrics]
+    measured = [record for record in run.rounds() if record.round <= round and record.metrics]
+    scored = measured[-1].round if measured else round
     adapter = place.name.startswith("adapter")
     ours = adapter and (place / "adapter_config.json").is_file()
     described = json.loads((place / "adapter_config.json").read_bytes()) if ours else {}
@@ -50,9 +51,10 @@ def write_card(run: Run, place: Path, round: int) -> None:
         f"{'An adapter for' if adapter else 'A model made from'} {told['base']}, tuned by "
         f"{config.clients} clients that kept their texts to themselves, with fedllm.",
         *([f"**It is half of a model:** {told['lacking']}."] if told.get("lacking") else []),
-        "## Made from\n\n" + _lines(_made_from(config, told, run.partition)),
-        f"## Scores after {round} of {config.rounds} rounds\n\n"
-        + _scores(measured[-1] if measured else {}, config.metric)
+        "## Made from\n\n" + _lines(_made_from(config, told, run.partition, own=run.own_texts)),
+        f"## Scores after {scored} of {config.rounds} rounds\n\n"
+        + ("" if scored == round else f"The model here is that of round {round}, which was not scored.\n\n")
+        + _scores(measured[-1].metrics if measured else {}, config.metric, own=run.own_texts)
         + _standing(run, round),
         *_on_clients(run, round),
         "## What it took\n\n" + _lines(_took(run, round)),
@@ -63,14 +65,17 @@ def write_card(run: Run, place: Path, round: int) -> None:
     (place / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _made_from(config: RunConfig, told: dict[str, Any], partition: dict[str, Any]) -> dict[str, object]:
+def _made_from(
+    config: RunConfig, told: dict[str, Any], partition: dict[str, Any], *, own: bool
+) -> dict[str, object]:
     sizes = [int(client["examples"]) for client in partition.get("clients", [])]
+    named = config.data.name if config.data.path is None else Path(config.data.path).name
     made: dict[str, object] = {
         "base model": told["base"],
         "tuned": f"{config.tuning.peft}"
         + ("" if config.tuning.peft == "full" else f", rank {config.tuning.rank}"),
         "method": ", ".join([config.method, *(f"{k} {v}" for k, v in config.options.items() if k == "rule")]),
-        "texts": config.data.name if config.data.path is None else Path(config.data.path).name,
+        "texts": "the clients' own" if own else named,
         "clients": f"{config.clients}, {config.answers} a round",
         "a round": f"{config.training.local_steps} steps of "
         f"{config.training.batch_size} texts, at most {told['max_length']} tokens each",
@@ -87,9 +92,10 @@ def _made_from(config: RunConfig, told: dict[str, Any], partition: dict[str, Any
     return made
 
 
-def _scores(metrics: Mapping[str, float], first: str) -> str:
+def _scores(metrics: Mapping[str, float], first: str, *, own: bool) -> str:
     found = {name: number(metrics[name]) for name in in_order(metrics, first)}
-    return _lines(found) + "\n\nOn texts that no client trained on." if found else "Not evaluated."
+    on = "On texts of the server's." if own else "On texts that no client trained on."
+    return f"{_lines(found)}\n\n{on}" if found else "Not evaluated."
 
 
 def _standing(run: Run, round: int) -> str:

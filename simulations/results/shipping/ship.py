@@ -25,7 +25,7 @@ from fedllm.models.saving import save_merged
 from fedllm.runs.provenance.card import write_card
 from fedllm.runs.reader import Run
 from simulations.results.options import Format, Which
-from simulations.results.predict import Restored, answering, sentences
+from simulations.results.predict import Restored, answering, segmented, sentences
 from simulations.results.shipping import gguf_files, graphs, llama
 from strategies.session import open_session
 
@@ -83,6 +83,11 @@ def _require_one_graph(model: Model, form: str) -> None:
     if model.module.pooling == "seq2seq":
         raise ConfigError(
             f"--format {form} writes one graph, and an encoder-decoder is two: take --format merged"
+        )
+    if segmented(model):
+        raise ConfigError(
+            f"--format {form} writes a graph of tokens and their mask, and this model is also told which of "
+            "two texts a token is in: take --format merged"
         )
 
 

@@ -20,9 +20,10 @@ from fedllm.errors import WireError
 from fedllm.protocol import wire
 from fedllm.protocol.wire import Instruction, Reply
 from fedllm.runs.reader import Run
+from fedllm.runs.records import OWN, TEXTS
 from fedllm.runs.writer import RunStore
 from simulations.engines.loopback import loopback
-from strategies.likeness import MODEL, OWN, RELEASE, TEXTS, Likeness, require_alike
+from strategies.likeness import MODEL, RELEASE, Likeness, require_alike
 from strategies.registry import resolve_run
 from strategies.session import Session, forget_sessions
 from tests.architectures import Architecture

@@ -17,6 +17,7 @@ from fedllm.errors import ConfigError, StoreError
 from fedllm.runs import checkpoint
 from fedllm.runs.reader import Run
 from fedllm.tensors import Tensors
+from server.rounds.earlier import start_of
 from server.rounds.state import ServerState
 from simulations import running
 from simulations.engines.loopback import simulate
@@ -340,3 +341,17 @@ def test_a_run_does_not_replace_what_it_begins_from(of: Of, tmp_path: Path, lora
     with pytest.raises(StoreError, match="lies where the new run would: choose another --out"):
         running.free(tmp_path / place, of(init_from=str(source)), True)
     assert Run(source).status == "finished"
+
+
+def test_scaffold_begins_with_the_weights_and_without_control_variates(of: Of, tmp_path: Path) -> None:
+    """Clients' own are no part of a result, and the server's would push every first step without them."""
+    training = {"local_steps": 2, "batch_size": 8, "learning_rate": 5e-2, "optimizer": "sgd"}
+    scaffold = of(method="scaffold", training=training)
+    run(scaffold, tmp_path / "first")
+    before = tensors(tmp_path / "first", 2)
+    assert any(tensor.any() for name, tensor in before.items() if name.startswith("control/"))
+    again = scaffold.model_copy(update={"init_from": str(tmp_path / "first")})
+    begun = start_of(session.Session(again)).tensors
+    assert begun.keys() == before.keys()
+    for name, tensor in begun.items():
+        assert torch.equal(tensor, torch.zeros_like(tensor) if name.startswith("control/") else before[name])

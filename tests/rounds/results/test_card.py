@@ -13,6 +13,7 @@ import yaml
 from fedllm.data import bundled
 from fedllm.runs.provenance.verify import verify
 from fedllm.runs.reader import Run
+from fedllm.runs.writer import RunStore
 from fedllm.wording import human_bytes
 from simulations.results.predict import export
 from tests.parts import quick
@@ -88,3 +89,28 @@ def test_a_bundled_base_goes_by_its_name_on_the_hub(
     assert str(tiny_encoder) not in "".join(
         file.read_text() for file in adapter.iterdir() if file.suffix in (".json", ".md")
     )
+
+
+def test_the_card_claims_nothing_of_texts_and_scores_that_nobody_knows(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    """Of devices' own texts, whose shares no file of the run tells, and of a round that was not scored."""
+    config = configuration(tiny_encoder, tiny_texts, rounds=3, evaluation={"every": 3})
+    run(config, tmp_path / "run")
+    opened = Run(tmp_path / "run")
+    assert not opened.own_texts
+    assert opened.partition["clients"]
+    export(tmp_path / "run", tmp_path / "first", 2)
+    card = (tmp_path / "first" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "Scores after 0 of 3 rounds\n\nThe model here is that of round 2, which was not scored.\n" in card
+    assert "On texts that no client trained on." in card
+    with RunStore.open(tmp_path / "run") as store:
+        store.event("joined", "client 0", node=0, device={"texts": "own", "platform": "Linux"})
+    assert opened.own_texts
+    assert opened.partition["clients"] == []
+    export(tmp_path / "run", tmp_path / "own")
+    card = (tmp_path / "own" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "Scores after 3 of 3 rounds\n\n- accuracy" in card
+    assert "- texts: the clients' own\n" in card
+    assert "On texts of the server's." in card
+    assert "training texts" not in card

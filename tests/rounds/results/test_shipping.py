@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from fedllm.errors import ConfigError, RunFailed
 from simulations.results.options import Format
-from simulations.results.predict import plain_model, tokenizer
+from simulations.results.predict import export, plain_model, tokenizer
 from simulations.results.shipping import gguf_files
 from simulations.results.shipping import ship as shipping
 from simulations.results.shipping.ship import ship
@@ -224,3 +225,20 @@ def test_an_adapter_that_no_weights_can_hold_is_refused(
     with pytest.raises(ConfigError, match=r'tuning\.peft = "bottleneck" is none'):
         ship(folder, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_told_which_of_two_texts_a_token_is_in_is_no_graph_of_ids_and_mask(
+    tiny_encoder: Path, rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    texts = tmp_path / "pairs.jsonl"
+    texts.write_text("".join(json.dumps({**row, "second": row["text"][::-1]}) + "\n" for row in rows))
+    encoder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    settings = json.loads((encoder / "tokenizer_config.json").read_bytes())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (encoder / "tokenizer_config.json").write_text(json.dumps(settings))
+    data = {"path": str(texts), "pair": "second", "max_length": 16}
+    run(configuration(encoder, texts, rounds=1, data=data), tmp_path / "run")
+    with pytest.raises(ConfigError, match="which of two texts a token is in: take --format merged"):
+        ship(tmp_path / "run", tmp_path / "graph", "int8")
+    assert tokenizer(tmp_path / "run").model_input_names == ["input_ids", "attention_mask", "token_type_ids"]
+    assert (export(tmp_path / "run", tmp_path / "out") / "README.md").is_file()
