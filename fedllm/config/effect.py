@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["require_effect"]
 
 _MOMENTS = ("adam", "yogi")
-_NEEDS: Mapping[str, tuple[str, Callable[[RunConfig], bool]]] = {
+_Need = tuple[str, Callable[["RunConfig"], bool]]
+_WEIGHED: _Need = (
+    "averages in which clients count by their texts, not those of server.robust",
+    lambda run: run.server.robust in ("none", "norm_bound"),
+)
+_SEEN: _Need = (
+    "runs whose server sees single updates, not those with privacy.secure_aggregation = true",
+    lambda run: not run.privacy.secure_aggregation,
+)
+_BACKDOOR: _Need = ('attack.kind = "backdoor"', lambda run: run.attack.kind == "backdoor")
+_NEEDS: Mapping[str, _Need] = {
     "data.alpha": ('data.partition = "dirichlet"', lambda run: run.data.partition == "dirichlet"),
     "data.classes_per_client": (
         'data.partition = "pathological"',
@@ -33,6 +43,12 @@ _NEEDS: Mapping[str, tuple[str, Callable[[RunConfig], bool]]] = {
         'server.staleness = "polynomial"',
         lambda run: run.server.staleness == "polynomial",
     ),
+    "server.max_examples": _WEIGHED,
+    "server.weight_ratio": _WEIGHED,
+    "server.norm_ratio": _SEEN,
+    "server.outlier_deviations": _SEEN,
+    "attack.trigger": _BACKDOOR,
+    "attack.target": _BACKDOOR,
     "data.client_test_fraction": ("evaluation.clients = true", lambda run: run.evaluation.clients),
     "evaluation.new_tokens": ("evaluation.generate above 0", lambda run: run.evaluation.generate > 0),
 }

@@ -29,6 +29,8 @@ class Options(MethodOptions):
             "attention": ("teacher", (True,)),
             "ramp": ("teacher", (True,)),
             "adaptive": ("teacher", (True,)),
+            "hidden_weight": ("teacher", (True,)),
+            "match": ("teacher", (True,)),
             "mutual_weight": ("mutual", (True,)),
             "temperature": ("mutual", (True,)),
             "divergence": ("mutual", (True,)),
