@@ -133,6 +133,8 @@ def conduct(
         checkpoint.forget(folder / "checkpoints", last)
         _forget_result(folder)
         _note_return(store, last)
+        if begun:
+            _note_versions(store, made)
         store.truncate(last)
         if extended:
             store.extend(config.rounds)
@@ -293,6 +295,22 @@ def _note_return(store: RunStore, last: int) -> None:
     if forgotten > 1:
         sentence += "; clients that no longer have what they kept of their own at that round begin it afresh"
     store.event("rolled back", sentence, round=max(last, 0))
+
+
+def _note_versions(store: RunStore, made: Mapping[str, Any]) -> None:
+    """Say with what a run goes on where that is not what began it, which alone ``provenance.json`` names."""
+    began = Run(store.folder).provenance
+    before, now = (
+        dict(told.get("versions", {})) | {"commit": (told.get("git") or {}).get("commit")}
+        for told in (began, made)
+    )
+    other = [
+        f"{name} {now.get(name) or 'none'} in place of {before.get(name) or 'none'}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if other:
+        store.event("warning", f"goes on with {', '.join(other)}: later rounds may have other last digits")
 
 
 def _forget_result(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,23 @@ def test_a_run_goes_on_after_its_end(of: Any, tmp_path: Path, method: str) -> No
     (event,) = [event for event in Run(folder).events() if event.kind == "extended"]
     assert event.message == "goes on after its end: 3 rounds in place of 2"
     assert event.fields == {"before": 2, "rounds": 3}
+
+
+def test_a_run_that_goes_on_with_other_releases_says_so(of: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(of(1), folder)
+    for rounds, told in ((2, ""), (3, "goes on with torch")):
+        if told:
+            made = json.loads((folder / "provenance.json").read_bytes())
+            made["versions"]["torch"] = "0.0.1"
+            (folder / "provenance.json").write_text(json.dumps(made), encoding="utf-8")
+        with Run(folder).extended(rounds) as config:
+            run(config, folder)
+        said = [event.message for event in Run(folder).events() if event.message.startswith("goes on with")]
+        assert bool(said) == bool(told)
+    assert said == [
+        f"goes on with torch {version('torch')} in place of 0.0.1: later rounds may have other last digits"
+    ]
 
 
 @pytest.mark.slow
