@@ -80,7 +80,7 @@ class Session:
     @cached_property
     def inputs(self) -> dict[str, str]:
         """Digests of what the run is made from; see :mod:`fedllm.data.digests`."""
-        return self._texts | inputs.of_model(self.config.model.name)
+        return self._texts | inputs.of_models(self.config)
 
     @cached_property
     def _texts(self) -> dict[str, str]:

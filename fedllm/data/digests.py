@@ -18,7 +18,7 @@ from fedllm.data.corpus import Corpus
 from fedllm.data.partition import Indices
 from fedllm.errors import StoreError
 
-__all__ = ["of_model", "of_texts", "require_same_inputs", "told"]
+__all__ = ["of_model", "of_models", "of_texts", "require_same_inputs", "told"]
 
 _WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.gguf")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json")
@@ -67,6 +67,14 @@ def of_model(name: str) -> dict[str, str]:
     return {kind: _files(place, names) for kind, names in (("weights", _WEIGHTS), ("tokenizer", _TOKENIZER))}
 
 
+def of_models(config: RunConfig) -> dict[str, str]:
+    """Return the digests of a run's base model, and of the other one that its student is, if it is."""
+    found, student = of_model(config.model.name), config.options.get("student")
+    if student:
+        found |= {f"student's {kind}": digest for kind, digest in of_model(student).items()}
+    return found
+
+
 def require_same_inputs(
     folder: Path, config: RunConfig, stored: Mapping[str, str], found: Mapping[str, str]
 ) -> None:
@@ -87,6 +95,8 @@ def require_same_inputs(
         "partition": "the way texts are shared out among clients is",
         "weights": f"the weights of {model} are",
         "tokenizer": f"the tokenizer of {model} is",
+        "student's weights": f"the weights of {config.options.get('student')} are",
+        "student's tokenizer": f"the tokenizer of {config.options.get('student')} is",
     }
     for kind, name in names.items():
         if kind in stored and kind in found and stored[kind] != found[kind]:

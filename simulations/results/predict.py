@@ -13,7 +13,7 @@ import torch
 
 from fedllm import tasks
 from fedllm.data.corpus import Corpus
-from fedllm.data.digests import of_model, require_same_inputs
+from fedllm.data.digests import of_models, require_same_inputs
 from fedllm.data.reading import Row
 from fedllm.data.tokens import Batch, Tokens
 from fedllm.errors import DataError, RunFailed, StoreError
@@ -91,7 +91,7 @@ def restore(folder: Path, round: Which = None) -> Restored:
     saved = checkpoint.latest(held) if round is None else checkpoint.load(held, round)
     if saved is None:
         raise StoreError(f"{folder} has no checkpoint yet: let it finish a round first")
-    found = of_model(run.config.model.name)
+    found = of_models(run.config)
     require_same_inputs(folder, run.config, run.provenance.get("inputs", {}), found)
     method = open_method(run.config)
     model = method.build(tuple(run.partition["label_names"]))

@@ -155,3 +155,17 @@ def test_a_gguf_file_is_weights_and_tokenizer_in_one(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert set(of_model(str(tmp_path / "model.gguf"))) == {"weights"}
     assert of_model("no/such-model") == {}
+
+
+def test_the_files_of_another_student_are_inputs_too(
+    tiny_encoder: Path, tiny_texts: Path, tmp_path: Path
+) -> None:
+    """Its trained tensors would be put on other frozen embeddings."""
+    student = shutil.copytree(tiny_encoder, tmp_path / "model")
+    options = {"student": str(student)}
+    config = configuration(tiny_encoder, tiny_texts, rounds=1, method="fedkd", tuning={}, options=options)
+    run(config, tmp_path / "run")
+    assert restore(tmp_path / "run").round == 1
+    other_weights(tmp_path)
+    with pytest.raises(StoreError, match=r"the weights of \S+model are not what \S+run was begun with"):
+        restore(tmp_path / "run")
