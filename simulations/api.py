@@ -6,6 +6,7 @@ belongs to all of it: loggers, warnings, threads, environment and signals are af
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,6 +241,8 @@ class Run:
     def evaluate(self, on: str | Path | None = None, round: Which = None) -> dict[str, float]:
         """Score the tuned model; return the task's metrics by name.
 
+        Warns where texts are scored that the run shares out for training.
+
         Args:
             on: another run's folder, whose test set is taken, or a data file with the run's columns; by
                 default the run's own test set.
@@ -253,7 +256,14 @@ class Run:
         from simulations.results.scoring import evaluate
 
         with _explained(), undisturbed():
-            return evaluate(self.folder, None if on is None else Path(on), round).metrics
+            found = evaluate(self.folder, None if on is None else Path(on), round)
+        if found.trained_on:
+            warnings.warn(
+                f"{found.trained_on} of {found.texts} texts stand among those that the run shares out for "
+                "training",
+                stacklevel=2,
+            )
+        return found.metrics
 
     def model(self, round: Which = None) -> Any:
         """Return the tuned model, ready to use: transformers' own, in a peft adapter where one was trained.

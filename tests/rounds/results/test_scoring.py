@@ -10,6 +10,7 @@ import pytest
 
 from fedllm.errors import ConfigError, DataError, StoreError
 from fedllm.runs.reader import Run
+from simulations.api import open_run
 from simulations.results.predict import predict
 from simulations.results.scoring import evaluate
 from strategies.session import Session
@@ -78,6 +79,8 @@ def test_texts_that_were_changed_since_are_not_taken_for_those_held_out(
     run(configuration(tiny_encoder, texts, rounds=1), tmp_path / "run")
     _, out, _ = fedllm("evaluate", str(tmp_path / "run"), "--on", str(texts))
     assert f"{evaluate(tmp_path / 'run', texts).trained_on:,} of them stand among" in out
+    with pytest.warns(UserWarning, match="texts stand among those that the run shares out for training"):
+        open_run(tmp_path / "run").evaluate(texts)
     lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
     texts.write_text("".join(lines[:-1]), encoding="utf-8")
     with pytest.raises(StoreError, match=r"are not what .* was begun with"):
