@@ -41,6 +41,8 @@ _SUMS = 8
 _MOVED, _FROM_ZERO = 0.3, 0.05
 """How far trained tensors are moved, in their own root mean squares and where they are zero, so that the
 frozen factors beside them, which begin as if they were not there, count as well."""
+_LARGE = 1 << 20
+"""Values of a tensor that is no adapter's, and has no such factor beside it."""
 _APART = {True: 0.002, False: 0.1}
 """Relative distance that rounding explains at most, in float32 and in less."""
 
@@ -50,7 +52,7 @@ class Likeness:
     """What one process makes of the sentence.
 
     Attributes:
-        tokens: digest of its token ids, the vocabulary, the padding token and the template of conversations.
+        tokens: digest of its token ids, of vocabulary, special tokens and the template of conversations.
         sums: of the model's last hidden states with random signs, and of its scores, each divided by the root
             of their number.
     """
@@ -77,14 +79,15 @@ class Likeness:
                 "it does not say what its model makes of a sentence: install the server's release of fedllm "
                 "on it"
             )
+        unreadable = "what its model makes of a sentence cannot be read"
         try:
-            tokens, *sums = json.loads(facts[MODEL])
-        except (ValueError, TypeError) as error:
-            raise WireError("what its model makes of a sentence cannot be read") from error
-        numbers = [value for value in sums if isinstance(value, int | float) and math.isfinite(value)]
-        if not isinstance(tokens, str) or len(numbers) != len(sums) or len(sums) != 2 * _SUMS:
-            raise WireError("what its model makes of a sentence cannot be read")
-        return cls(tokens, tuple(float(value) for value in numbers))
+            tokens, *told = json.loads(facts[MODEL])
+            sums = tuple(float(value) for value in told)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise WireError(unreadable) from error
+        if not isinstance(tokens, str) or len(sums) != 2 * _SUMS or not all(map(math.isfinite, sums)):
+            raise WireError(unreadable)
+        return cls(tokens, sums)
 
     def require(self, other: Self, config: RunConfig) -> None:
         """Server: refuse a client whose model is another.
@@ -107,7 +110,7 @@ class Likeness:
         if not distance <= _APART[exact]:
             raise WireError(
                 f"its model {name} with what is trained on it does not answer as the server's does (off by "
-                f"{min(distance, 9.99):.0%}): give it the server's files of that model, and the same "
+                f"{min(distance, 9.99):.1%}): give it the server's files of that model, and the same "
                 "releases of torch and peft"
             )
 
@@ -147,7 +150,8 @@ def measure(method: Method, model: Model, initial: Tensors) -> Likeness:
     length = min(_MOST_TOKENS, model.positions or _MOST_TOKENS)
     ids = model.tokenizer(_WORDS, truncation=True, max_length=length)["input_ids"]
     tokenizer = model.tokenizer
-    known = [ids, sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.chat_template]
+    special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    known = [ids, sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template]
     tokens = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     sent = torch.tensor([ids], device=model.device)
     if model.embeddings is not None:
@@ -168,9 +172,11 @@ def measure(method: Method, model: Model, initial: Tensors) -> Likeness:
 
 
 def _moved(tensors: Tensors) -> Tensors:
-    """Move each tensor by uniform noise, the same on both sides."""
-    moved: Tensors = {}
+    """Move each tensor of an adapter by uniform noise, the same on both sides."""
+    moved = dict(tensors)
     for name, tensor in tensors.items():
+        if tensor.numel() > _LARGE:
+            continue
         size = float(tensor.double().square().mean().sqrt())
         far = _MOVED * size if size else _FROM_ZERO
         noise = stream(0, MODEL, name).uniform(-far, far, tuple(tensor.shape))
