@@ -156,12 +156,9 @@ def tokenizer(folder: Path) -> Any:
     That is ids and their mask, and numbers of segments where the task has two texts read as one.
     """
     model = restore(folder).model
+    segments = ["token_type_ids"] if segmented(model) else []
     found = unbounded(model.tokenizer)
-    found.model_input_names = [
-        "input_ids",
-        "attention_mask",
-        *(["token_type_ids"] if segmented(model) else []),
-    ]
+    found.model_input_names = ["input_ids", "attention_mask", *segments]
     return found
 
 
