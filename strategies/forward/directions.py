@@ -25,7 +25,17 @@ import torch
 
 from fedllm.randomness import stream
 
-__all__ = ["CHUNK_ENTRIES", "Direction", "Kind", "add_scaled", "chunks", "combine", "flat", "gaussian_table"]
+__all__ = [
+    "CHUNK_ENTRIES",
+    "Direction",
+    "Kind",
+    "add_scaled",
+    "chunks",
+    "combine",
+    "flat",
+    "gaussian_table",
+    "hadamard_rows",
+]
 
 Kind = Literal["rademacher", "gaussian", "orthogonal"]
 
@@ -90,6 +100,15 @@ def chunks(
         yield bits.astype(np.float32) * np.float32(2.0) - np.float32(1.0)
 
 
+def hadamard_rows(entries: int) -> int:
+    """Return M, the rows and columns of the matrix that orthogonal directions of so many entries are rows of.
+
+    >>> hadamard_rows(210), hadamard_rows(256)
+    (256, 256)
+    """
+    return 1 << max(entries - 1, 1).bit_length()
+
+
 def _row(direction: Direction, entries: int) -> int:
     """Return which row of the Hadamard matrix a direction is.
 
@@ -97,8 +116,8 @@ def _row(direction: Direction, entries: int) -> int:
     that 2^i clients with an M/2^i of the rows each take all of them. Where the first begins is drawn anew in
     each round, and so is the order that rows have.
     """
-    bits = max(entries - 1, 1).bit_length()
-    rows = 1 << bits
+    rows = hadamard_rows(entries)
+    bits = rows.bit_length() - 1
     start = int(f"{direction.node % rows:0{bits}b}"[::-1], 2)
     draw = stream(direction.seed, "rows", direction.round)
     step, first = 2 * int(draw.integers(rows // 2)) + 1, int(draw.integers(rows))

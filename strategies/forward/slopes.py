@@ -28,7 +28,7 @@ from fedllm.models.network import Network
 from fedllm.models.vocabulary import Ending, below, ending_of, output_matrix
 from fedllm.tasks.base import PerToken
 from fedllm.tensors import Tensors
-from strategies.forward.directions import Direction, Kind, add_scaled, flat
+from strategies.forward.directions import Direction, Kind, add_scaled, flat, hadamard_rows
 
 __all__ = [
     "Estimator",
@@ -66,7 +66,7 @@ def expected_cosine(directions: int, parameters: int, kind: Kind = "rademacher")
     """
     error = (parameters - 1) / directions
     if kind == "orthogonal":
-        rows = 1 << max(parameters - 1, 1).bit_length()
+        rows = hadamard_rows(parameters)
         error *= max(rows - directions, 0) / (rows - 1)
     return 1.0 / math.sqrt(1.0 + error)
 
