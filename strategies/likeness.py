@@ -153,7 +153,7 @@ def measure(method: Method, model: Model, initial: Tensors) -> Likeness:
     special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     known = [ids, sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template]
     tokens = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-    sent = torch.tensor([ids], device=model.device)
+    sent = torch.tensor([ids]).to(model.device)
     if model.embeddings is not None:
         sent = sent % model.embeddings
     extra = {"decoder_input_ids": sent} if model.module.pooling == "seq2seq" else {}
