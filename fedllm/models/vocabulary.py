@@ -2,7 +2,8 @@
 
 Logits are the largest tensor there is, vocabulary times tokens, and a backward pass keeps three more of the
 kind. Nothing of that size outlives a part here: the gradient with respect to what the output matrix sees is
-made with the loss, in the forward pass (as in Liger, Hsu et al., 2024), the same to rounding.
+made with the loss, in the forward pass (as in Liger, Hsu et al., 2024), the same to rounding. In forward mode
+it takes the place of a product with the output matrix for each direction.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from fedllm.models.anatomy import plain
 from fedllm.models.network import Network
 from fedllm.tasks.base import IGNORED, PerToken
 
-__all__ = ["Ending", "below", "ending_of", "loss_in_parts", "output_matrix", "rows_at_once"]
+__all__ = [
+    "Ending",
+    "below",
+    "ending_of",
+    "loss_ahead",
+    "loss_in_parts",
+    "output_matrix",
+    "rows_at_once",
+]
 
 Ending = Callable[[torch.Tensor], torch.Tensor]
 """What a model does to the output matrix's product to make logits of it, value by value."""
@@ -167,9 +176,7 @@ def loss_in_parts(
     flat = targets.reshape(-1)
     if ending is plainly and _is_a_matrix(matrix) and _is_a_mean(task):
         weight: Any = matrix.weight
-        known = (flat != IGNORED).nonzero().squeeze(1)
-        if len(known) < len(flat):
-            hidden, flat = hidden.index_select(0, known), flat[known]
+        hidden, flat = _known(hidden, flat)
         found: torch.Tensor = _CrossEntropy.apply(
             hidden, weight, matrix.bias, flat, rows or rows_at_once(len(weight))
         )  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -184,6 +191,53 @@ def loss_in_parts(
         for piece in zip(torch.split(hidden, size), torch.split(flat, size), strict=True)
     ]
     return task.whole(parts, targets, inputs)
+
+
+def loss_ahead(
+    network: Network,
+    ending: Ending,
+    labels: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    rows: int,
+    *,
+    fixed: bool,
+) -> torch.Tensor:
+    """Return the loss of a batch, 0-dim, for derivatives in forward mode or for none.
+
+    Its derivative along a change of what the output matrix sees is the product of that change with the
+    loss's gradient there, which is made once for all directions.
+
+    Args:
+        network: of a task that predicts tokens.
+        ending: see :func:`ending_of`.
+        labels: as the tokens' ``batch`` made them.
+        inputs: the network's other inputs.
+        rows: tokens whose logits exist at once.
+        fixed: the output matrix itself does not change; where it does, so do all logits.
+    """
+    matrix, task = output_matrix(network), network.task
+    assert matrix is not None
+    assert isinstance(task, PerToken)
+    hidden, targets = below(network, matrix, inputs).flatten(0, 1), task.targets(labels)
+    flat = targets.reshape(-1)
+    if fixed and ending is plainly and _is_a_matrix(matrix) and _is_a_mean(task):
+        found: torch.Tensor = _CrossEntropyAhead.apply(
+            *_known(hidden, flat), matrix.weight, matrix.bias, rows
+        )  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return found
+    parts = [
+        task.part(ending(matrix(piece)).float(), wanted)
+        for piece, wanted in zip(torch.split(hidden, rows), torch.split(flat, rows), strict=True)
+    ]
+    return task.whole(parts, targets, inputs)
+
+
+def _known(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave out tokens that nothing is asked of: hidden states [n, width] and targets [n] of the others."""
+    known = (targets != IGNORED).nonzero().squeeze(1)
+    if len(known) == len(targets):
+        return hidden, targets
+    return hidden.index_select(0, known), targets[known]
 
 
 def _is_a_matrix(module: nn.Module) -> bool:
@@ -238,6 +292,46 @@ class _CrossEntropy(torch.autograd.Function):
         found = [g if g is None else g.mul_(slope) for g in ctx.gradients]
         del ctx.gradients  # scaled in place: no second time
         return (*found, None, None)
+
+
+class _CrossEntropyAhead(torch.autograd.Function):
+    """Mean cross-entropy of ``hidden @ weight.T + bias``, with its derivative in forward mode."""
+
+    @staticmethod
+    def forward(
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: int,
+    ) -> torch.Tensor:
+        """Args: hidden [n, width], targets [n] from 0 on, weight [vocabulary, width], bias [vocabulary]."""
+        pieces = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+        lost = [_part(piece, weight, bias, wanted, None)[0] for piece, wanted in pieces]
+        return torch.stack(lost).sum() / max(len(targets), 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Keep what the derivative is made from."""
+        *tensors, ctx.rows = inputs
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, change: torch.Tensor, *others: None) -> torch.Tensor:
+        """Return the derivative along a change of ``hidden``; the rest has no tangent."""
+        hidden, targets, weight, bias = ctx.saved_tensors
+        gradient, scale = torch.empty_like(hidden), 1.0 / max(len(targets), 1)
+        for first in range(0, len(targets), ctx.rows):
+            piece = slice(first, first + ctx.rows)
+            _, slopes = _part(hidden[piece], weight, bias, targets[piece], scale)
+            assert slopes is not None
+            torch.mm(slopes, weight, out=gradient[piece])
+        return (change.float() * gradient.float()).sum()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        """Several directions at a time, at the same weights: only tangents are many."""
+        raise NotImplementedError("losses at several values of the weights at a time")
 
 
 def _part(

@@ -46,7 +46,8 @@ _KEEPS: Mapping[str, Literal["checkpoint", "lean"]] = {
     "checkpointed_backprop": "checkpoint",
     "lean_backprop": "lean",
 }
-FORWARD_ONLY = ("antithetic", "chunked_inference", "chunked_antithetic", "chunked_jvp")
+_SPARING = ("antithetic", "chunked_inference", "chunked_antithetic")
+"""As the methods do that probe by two evaluations, these give freed memory back."""
 _BATCH = (4, 128)
 
 
@@ -138,7 +139,7 @@ def measure(case: str, dtype: Literal["float32", "bfloat16"] = "float32") -> dic
     texts, tokens = _BATCH
     small, full = (_random_batch(model, *shape, None) for shape in ((1, 2), (texts, tokens)))
     full.attention_mask[0, -1] = 0  # most batches have padding, and with it attention takes more
-    if case in FORWARD_ONLY:  # as the methods do that train by them
+    if case in _SPARING:
         give_back_large_blocks()
     step = _STEPS[case]
     step(model, small)  # thread pools and lazily loaded code are not the step's own

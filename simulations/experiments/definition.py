@@ -83,8 +83,8 @@ class Difference(Section):
     """The cell that is subtracted, or whose bytes are divided by the other's."""
     measure: str = "metrics.accuracy"
     """A number of ``summary.json``, ``bytes.total`` (both ways), or ``clients.NAME`` of the last round."""
-    kind: Literal["difference", "times_fewer"] = "difference"
-    """``of - against``, or ``against / of``."""
+    kind: Literal["difference", "times_fewer", "share_of_gain"] = "difference"
+    """``of - against``; ``against / of``; or what ``of`` gained since the start, of what ``against`` did."""
     shows: str = ""
     """What the reader learns from it."""
 
@@ -199,6 +199,11 @@ class Experiment(Section):
                         raise ConfigError(
                             f"{part}.{place}.{side} = {cell!r} is no cell{suggest(cell, self.cells)}"
                         )
+                if one.kind == "share_of_gain" and not one.measure.startswith("metrics."):
+                    raise ConfigError(
+                        f'{part}.{place}.measure = {one.measure!r} has no start: kind = "share_of_gain" is for '
+                        "those of metrics"
+                    )
         for place, claim in enumerate(self.claims):
             if (claim.at_least is None) != bool(claim.not_comparable):
                 raise ConfigError(f"claims.{place} takes either at_least or not_comparable")

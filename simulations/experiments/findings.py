@@ -27,15 +27,17 @@ def value(run: Run, name: str) -> float | None:
 
     Args:
         run: the run.
-        name: keys of ``summary.json`` joined by dots; ``bytes.total``, both ways; or ``clients.NAME``, what
-            clients told of the last round, as their mean.
+        name: keys of ``summary.json`` joined by dots; ``bytes.total``, both ways; ``clients.NAME``, what
+            clients told of the last round, as their mean; or ``start.NAME``, a metric before the first round.
 
     Raises:
         ConfigError: a summary has no such key.
     """
     summary = run.summary
     summary["bytes"]["total"] = summary["bytes"]["up"] + summary["bytes"]["down"]
-    summary["clients"] = run.rounds()[-1].details.get("clients", {})
+    rounds = run.rounds()
+    summary["clients"] = rounds[-1].details.get("clients", {})
+    summary["start"] = rounds[0].metrics if rounds[0].round == 0 else {}
     section, _, key = name.partition(".")
     if not isinstance(summary.get(section), Mapping):
         raise ConfigError(f"measure = {name!r} is no section of summary.json and a key in it")
@@ -142,9 +144,17 @@ def _compared(one: Difference, values: Any) -> dict[str, Any]:
     if one.kind == "difference":
         found = paired(against, of)
     else:
-        seeds = sorted(of.keys() & against.keys())
-        found = interval([against[seed] / of[seed] for seed in seeds]) if seeds else None
+        over, under = against, of
+        if one.kind == "share_of_gain":
+            start = one.measure.replace("metrics.", "start.")
+            over, under = _gained(values(one.of, start), of), _gained(values(one.against, start), against)
+        seeds = sorted(over.keys() & under.keys())
+        found = interval([over[seed] / under[seed] for seed in seeds]) if seeds else None
     return {**one.model_dump(), "found": None if found is None else found.to_json()}
+
+
+def _gained(start: Values, end: Values) -> Values:
+    return {seed: end[seed] - start[seed] for seed in end.keys() & start.keys()}
 
 
 def _judged(claim: Claim, values: Any, unjudged: str) -> dict[str, Any]:
@@ -163,8 +173,13 @@ def _verdict(claim: Claim, found: Mapping[str, Any] | None, unjudged: str) -> st
     lacking = claim.at_least - found["mean"]
     if lacking <= _ROUNDING:
         return "met"
-    amount = times(lacking) if claim.kind == "times_fewer" else said(claim.measure, lacking)
-    return f"missed by {amount}"
+    return f"missed by {_told(claim.kind, claim.measure, lacking)}"
+
+
+def _told(kind: str, measure: str, amount: float) -> str:
+    if kind == "times_fewer":
+        return times(amount)
+    return f"{amount:.3f}" if kind == "share_of_gain" else said(measure, amount)
 
 
 def shown(one: Mapping[str, Any]) -> str:
@@ -178,8 +193,7 @@ def shown(one: Mapping[str, Any]) -> str:
     if found is None:
         return "-"
     ends = [found["mean"], *((found["low"], found["high"]) if found["means_something"] else ())]
-    if one["kind"] == "times_fewer":
-        told = [times(end) for end in ends]
-    else:
-        told = [("+" if end >= -_ROUNDING else "-") + said(one["measure"], abs(end)) for end in ends]
+    told = [_told(one["kind"], one["measure"], abs(end)) for end in ends]
+    if one["kind"] != "times_fewer":
+        told = [("+" if end >= -_ROUNDING else "-") + text for end, text in zip(ends, told, strict=True)]
     return told[0] + (f" [{told[1]}, {told[2]}]" if len(told) > 1 else "")

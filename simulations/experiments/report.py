@@ -22,6 +22,7 @@ from simulations.results.report import environment
 
 __all__ = ["markdown", "tables", "write"]
 
+_OF_KIND = {"difference": "", "times_fewer": ", times fewer", "share_of_gain": ", share of the gain"}
 
 @dataclass(frozen=True)
 class _Part:
@@ -167,7 +168,7 @@ def _spread(name: str, told: Mapping[str, Any] | None) -> str:
 
 def _compared(one: Mapping[str, Any], titles: Mapping[str, str]) -> tuple[str, str, str, str, str]:
     sign = "minus" if one["kind"] == "difference" else "beside"
-    what = title(one["measure"]) + ("" if one["kind"] == "difference" else ", times fewer")
+    what = title(one["measure"]) + _OF_KIND[one["kind"]]
     seeds = str(one["found"]["n"]) if one["found"] else "-"
     return f"{titles[one['of']]} {sign} {titles[one['against']]}", what, seeds, shown(one), one["shows"]
 

@@ -25,7 +25,7 @@ from fedllm.data.tokens import Batch
 from fedllm.models.functional import call
 from fedllm.models.model import Model
 from fedllm.models.network import Network
-from fedllm.models.vocabulary import Ending, below, ending_of, output_matrix
+from fedllm.models.vocabulary import Ending, ending_of, loss_ahead, output_matrix
 from fedllm.tasks.base import PerToken
 from fedllm.tensors import Tensors
 from strategies.forward.directions import Direction, Kind, add_scaled, flat, hadamard_rows
@@ -259,18 +259,11 @@ class _Loss(nn.Module):
     def __init__(self, network: Network, ending: Ending | None, rows: int) -> None:
         super().__init__()
         self.network, self.ending, self.rows = network, ending, rows
+        matrix = output_matrix(network)
+        self.fixed = matrix is not None and not any(value.requires_grad for value in matrix.parameters())
 
     def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         if self.ending is None:
             whole: torch.Tensor = self.network(labels=labels, **inputs).loss
             return whole
-        matrix, task = output_matrix(self.network), self.network.task
-        assert matrix is not None
-        assert isinstance(task, PerToken)
-        hidden = below(self.network, matrix, inputs).flatten(0, 1)
-        targets = task.targets(labels)
-        flat, parts = targets.reshape(-1), []
-        for first in range(0, len(flat), self.rows):
-            logits = self.ending(matrix(hidden[first : first + self.rows])).float()
-            parts.append(task.part(logits, flat[first : first + self.rows]))
-        return task.whole(parts, targets, inputs)
+        return loss_ahead(self.network, self.ending, labels, inputs, self.rows, fixed=self.fixed)

@@ -121,7 +121,8 @@ class FwdLLM(Method):
 
     def build(self, labels: tuple[str, ...]) -> Model:
         """Load the base model with its adapter, and say what a round can be expected to achieve."""
-        give_back_large_blocks()
+        if self.options.estimator == "antithetic":
+            give_back_large_blocks()
         model = models.load(self.config, labels)
         probed = self.options.directions * (1 if self.options.shared else self.config.cohort)
         announce(model.trainable(), probed, "fwdllm.directions", self.kind)

@@ -98,7 +98,8 @@ class Mixed(Method):
         Raises:
             ModelError: ``mixed.probed`` names nothing that is trained.
         """
-        give_back_large_blocks()
+        if self.options.estimator == "antithetic":
+            give_back_large_blocks()
         model = models.load(self.config, labels)
         probed = self._probed(model.trainable())
         if not probed:
