@@ -318,7 +318,7 @@ def require_slopes(model: Model, batch: Batch, estimator: Estimator, radius: flo
             return
         with torch.enable_grad():
             gradients = torch.autograd.grad(
-                loss(parameters), list(parameters.values()), allow_unused=True, materialize_grads=True
+                model.loss(batch), list(parameters.values()), allow_unused=True, materialize_grads=True
             )
     gradient = torch.cat([part.reshape(-1) for part in gradients]).double().cpu().numpy()
     rows = np.stack([flat(direction, entries(parameters), "rademacher") for direction in directions])

@@ -157,9 +157,9 @@ class FwdLLM(Method):
         return {"slopes": TensorSpec((self.options.directions,))}
 
     def stride(self, tensors: Tensors) -> float | None:
-        """Server: replies whose step is as long as the weights; a trust step has its length anyway."""
+        """Server: replies whose step is as long as the weights; trust and Adam's steps have theirs anyway."""
         options = self.options
-        if options.step == "trust":
+        if options.step == "trust" or self.config.server.optimizer in ("adam", "yogi"):
             return None
         gradient = max(norm(flatten(tensors)), 1.0) / options.learning_rate
         if options.upload == "dense":
@@ -290,7 +290,8 @@ class FwdLLM(Method):
             after = self._stepped(state.tensors, flatten(acc.dense.mean()), acc.number)
         else:
             after = self.replay(state.tensors, record)
-        memory, growth = self._watch(state, after)
+        # What the server's optimiser makes of a step shows in the next round's weights.
+        memory, growth = self._watch(state, after if self.config.server.plain else state.tensors)
         if self.options.candidates > 1:
             memory[_GUIDE] = torch.frombuffer(bytearray(record[1:]), dtype=torch.uint8)
         report = {"growth": growth, "directions": float(acc.cohort.directions)}
