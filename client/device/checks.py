@@ -30,7 +30,7 @@ TIMEOUT_SECONDS = 10.0
 LEAST_PEERS = 2
 """Others in a secure sum at least."""
 LEAST_DISK = 1 << 30
-LEAST_MEMORY = 1 << 30
+LEAST_MEMORY = 1 << 29
 MOST_AHEAD, MOST_BEHIND = 5.0, 300.0
 """Seconds by which Flower lets a device's clock be ahead of or behind the server's."""
 

@@ -27,7 +27,9 @@ from tests.parts import quick
 P = 6
 
 
-def session_with(encoder: Path, texts: Path, *, top: bool = True, **options: Any) -> Session:
+def session_with(
+    encoder: Path, texts: Path, *, top: bool = True, server: dict[str, Any] | None = None, **options: Any
+) -> Session:
     targets = ("layer.1.attention.self.query",) if top else ("query", "value")
     return session_for(
         encoder,
@@ -36,6 +38,7 @@ def session_with(encoder: Path, texts: Path, *, top: bool = True, **options: Any
         rounds=20,
         tuning={"rank": 1, "targets": targets},
         training={"batch_size": 8},
+        server=server or {},
         options={"directions": P, **options},
     )
 
@@ -279,6 +282,24 @@ def test_a_collapsing_run_is_stopped_with_a_reason(tiny_encoder: Path, tiny_text
     session = session_with(tiny_encoder, tiny_texts, learning_rate=3.0)
     with pytest.raises(RunFailed, match=r"grown to .* lower fwdllm.learning_rate"):
         federate(session, start(session), 5, (0, 1))
+
+
+def test_what_the_servers_optimiser_does_is_watched_where_it_shows(
+    tiny_encoder: Path, tiny_texts: Path
+) -> None:
+    """A thousand times the gradient is no step of Adam's: the weights that a round begins with are."""
+    session = session_with(
+        tiny_encoder, tiny_texts, step="mean", learning_rate=1e3, server={"optimizer": "adam"}
+    )
+    method, state = session.method, start(session)
+    assert method.stride(state.tensors) is None
+    acc = method.begin(state, 1)
+    acc = method.fold(acc, "fit", reply_of(ask(session, state, Exchange("fit"), 0, 1), 0))
+    first = method.step(state, acc)
+    assert first.report["growth"] == pytest.approx(1.0)
+    grown = State(1, {name: 5.0 * tensor for name, tensor in state.tensors.items()}, first.memory)
+    with pytest.raises(RunFailed, match=r"grown to 5.0 times"):
+        method.step(grown, acc)
 
 
 @pytest.mark.parametrize("kind", quick(["means", "cosine", "ridge"], "cosine"))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fedllm.config import DataConfig, ModelConfig, RunConfig, TuningConfig
 from fedllm.errors import ModelError
+from fedllm.models.base import converted, loading
 from fedllm.models.model import Model, load
 from fedllm.models.saving import save
 from fedllm.runs.reader import Run
@@ -94,6 +95,49 @@ def test_every_architecture_trains_with_lora_where_it_belongs(
     bs = [p for name, p in model.trainable().items() if "lora_B" in name]
     assert bs
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in bs)
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        ("AlbertModel", "mean"),
+        ("BertForMaskedLM", "mean"),
+        ("BertForSequenceClassification", "own"),
+        ("GPT2LMHeadModel", "causal"),
+        ("MixtralForCausalLM", "causal"),
+        ("Phi3ForCausalLM", "causal"),
+    ],
+)
+def test_weights_that_are_converted_piece_by_piece_are_those_that_transformers_reads(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch, name: str, pooling: str
+) -> None:
+    monkeypatch.setattr(converted, "_PIECE", 7)
+    half: dict[str, Any] = {"model": {"dtype": "bfloat16"}}
+    ours = build(architecture(name), pooling, **half)
+    monkeypatch.setattr(loading, "converted", lambda source, dtype: None)
+    theirs = build(architecture(name), pooling, **half)
+    assert ours.module.backbone.dtype == torch.bfloat16
+    want = theirs.module.state_dict()
+    assert ours.module.state_dict().keys() == want.keys()
+    for key, value in ours.module.state_dict().items():
+        assert torch.equal(value, want[key]), key
+        assert value.dtype == want[key].dtype
+    assert ours.notes == theirs.notes
+    if pooling == "causal":
+        settings = [model.module.backbone.generation_config.to_dict() for model in (ours, theirs)]
+        assert settings[0] == settings[1]
+
+
+def test_weights_that_are_there_already_or_cut_short_are_left_to_transformers(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    folder = architecture("GPT2LMHeadModel")
+    assert converted.converted(str(folder), torch.float32) is None
+    assert converted.converted(str(tmp_path), torch.bfloat16) is None
+    whole = (folder / "model.safetensors").read_bytes()
+    for cut in (whole[:-2], whole[:40], whole[:4]):
+        (tmp_path / "model.safetensors").write_bytes(cut)
+        assert converted.converted(str(tmp_path), torch.bfloat16) is None
 
 
 def sentences(model: Model) -> Any:

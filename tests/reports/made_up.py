@@ -24,22 +24,24 @@ def make_run(
     also: Mapping[str, float] = MappingProxyType({}),
     status: str = "finished",
     simulated: float | None = None,
+    first: int = 1,
     **config: object,
 ) -> Run:
     """Two clients a round: node 1's reply counts, node 0 is rejected; each sends ``up`` bytes, gets 300.
 
     Args:
         simulated: seconds that each round takes on simulated devices; unset simulates none.
+        first: number of the first round that was scored; 0 for one that scored the start.
     """
     given: dict[str, object] = {
         "name": as_name(folder.name),
         "clients": 3,
-        "rounds": len(accuracies),
+        "rounds": len(accuracies) - (first == 0),
         **config,
     }
     with RunStore.create(folder, RunConfig(seed=seed, **given), {"engine": "loopback"}) as store:  # type: ignore[arg-type]
         write_partition(store.folder, [[0, 1], [2], []], [0, 1, 1], ["<b>sport</b>", "tech"])
-        for number, value in enumerate(accuracies, start=1):
+        for number, value in enumerate(accuracies, start=first):
             nodes = [
                 NodeRound(round=number, node=0, status="rejected", reason="norm <9> exceeds 5"),
                 NodeRound(round=number, node=1, status="accepted", examples=8, loss=0.25),

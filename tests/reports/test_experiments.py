@@ -87,6 +87,10 @@ def made(runs: Sequence[CellRun], accuracies: dict[str, Sequence[float]], up: di
             "[[claims]]\npaper = 'x'\nof = 'coded'\nagainst = 'plain'",
             r"claims.0 takes either at_least or not",
         ),
+        (
+            "[[differences]]\nof = 'coded'\nagainst = 'plain'\nmeasure = 'bytes.up'\nkind = 'share_of_gain'",
+            r"tiny.toml: differences.0.measure = 'bytes.up' has no start: ",
+        ),
         ("[base]\npreset = 1", r"tiny.toml: base.preset = 1 is not allowed: input should be a valid string"),
     ],
 )
@@ -145,6 +149,9 @@ def test_a_cell_that_cannot_be_run_is_named(tmp_path: Path) -> None:
     twice = CELLS | {"again": {"title": "again", "minutes": 1.0}}
     with pytest.raises(ConfigError, match="plain-seed0 and again-seed0 are the same run"):
         lay_out(experiment(cells=twice), tmp_path)
+    whatever = CELLS | {"host": {"title": "h", "minutes": 1.0, "set": {"model": {"dtype": "auto"}}}}
+    with pytest.raises(ConfigError, match=r'cells.host: model.dtype = "auto" follows the host'):
+        lay_out(experiment(cells=whatever), tmp_path)
     with pytest.raises(ConfigError, match="both say the seed"):
         lay_out(experiment(), tmp_path, extra=["seed=3"])
 
@@ -274,6 +281,21 @@ def test_claims_are_met_or_missed_by_so_much_or_not_judged(
     ]
     quick = findings(*finished, {}, "it was quick")
     assert {one["verdict"] for one in quick["claims"]} == {"not judged: it was quick"}
+
+
+def test_a_share_is_of_what_was_gained_since_the_start(tmp_path: Path) -> None:
+    share = {**PAIR, "kind": "share_of_gain", "paper": "half", "at_least": 0.5}
+    asked = experiment(claims=[share, {**share, "at_least": 0.7125}], seeds=[0, 1])
+    runs = lay_out(asked, tmp_path)
+    ends = {"plain": (0.9, 0.8), "coded": (0.7, 0.65)}
+    for run in runs:
+        if run.cell in ends:
+            seed = run.config.seed
+            make_run(run.folder, (0.4, 0.1, ends[run.cell][seed]), seed=seed, first=0)
+    half, more = findings(asked, runs, {})["claims"]
+    assert half["found"]["mean"] == pytest.approx(((0.7 - 0.4) / (0.9 - 0.4) + (0.65 - 0.4) / (0.8 - 0.4)) / 2)
+    assert (half["verdict"], more["verdict"]) == ("met", "missed by 0.100")
+    assert shown(half).startswith("+0.61")
 
 
 def test_a_measure_that_no_summary_has_is_refused(finished: tuple[Experiment, list[CellRun]]) -> None:

@@ -24,6 +24,7 @@ from fedllm.config import RunConfig
 from fedllm.data.bundled import MODELS, require_whole
 from fedllm.errors import FedllmError, ModelError
 from fedllm.host.accelerator import converts_bfloat16
+from fedllm.models.base.converted import converted
 from fedllm.models.base.quantisation import keep_layout, quantization
 from fedllm.models.base.soundness import account, check_length, check_vocabulary, one_line, positions, try_out
 
@@ -101,6 +102,9 @@ def open_base(
     Raises:
         ModelError: the model cannot be read, lacks weights, does not fit the tokenizer or the task.
     """
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
     with _explained(config):
         kind, settings = _settings(source, config, pooling)
     named = dict(settings.id2label)
@@ -109,15 +113,21 @@ def open_base(
         settings.num_labels = len(labels)
         settings.id2label = dict(enumerate(labels))
         settings.label2id = {label: index for index, label in enumerate(labels)}
+    weights, concrete = None, kind._model_mapping[type(settings)]  # an Auto class needs a source to choose it by
+    if config.model.quantize == "none" and isinstance(concrete, type):
+        weights = converted(source, _precision(config))
     with _explained(config):
-        model, report = kind.from_pretrained(
-            source,
+        model, report = (kind if weights is None else concrete).from_pretrained(
+            source if weights is None else None,
             config=settings,
             dtype=_precision(config),
+            state_dict=weights,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **quantization(config, device),
         )
+    if weights is not None and model.can_generate() and (Path(source) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
     keep_layout(model)
     _fit(model, config)
     base = Base(model, positions(model), notes=notes)
