@@ -169,10 +169,7 @@ def loss_in_parts(
         inputs: the network's other inputs.
         rows: tokens whose logits exist at once; see :func:`rows_at_once`.
     """
-    matrix, task = output_matrix(network), network.task
-    assert matrix is not None
-    assert isinstance(task, PerToken)
-    hidden, targets = below(network, matrix, inputs).flatten(0, 1), task.targets(labels)
+    matrix, task, hidden, targets = _asked(network, labels, inputs)
     flat = targets.reshape(-1)
     if ending is plainly and _is_a_matrix(matrix) and _is_a_mean(task):
         weight: Any = matrix.weight
@@ -215,10 +212,7 @@ def loss_ahead(
         rows: tokens whose logits exist at once.
         fixed: the output matrix itself does not change; where it does, so do all logits.
     """
-    matrix, task = output_matrix(network), network.task
-    assert matrix is not None
-    assert isinstance(task, PerToken)
-    hidden, targets = below(network, matrix, inputs).flatten(0, 1), task.targets(labels)
+    matrix, task, hidden, targets = _asked(network, labels, inputs)
     flat = targets.reshape(-1)
     if fixed and ending is plainly and _is_a_matrix(matrix) and _is_a_mean(task):
         found: torch.Tensor = _CrossEntropyAhead.apply(
@@ -230,6 +224,16 @@ def loss_ahead(
         for piece, wanted in zip(torch.split(hidden, rows), torch.split(flat, rows), strict=True)
     ]
     return task.whole(parts, targets, inputs)
+
+
+def _asked(
+    network: Network, labels: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+) -> tuple[nn.Module, PerToken, torch.Tensor, torch.Tensor]:
+    """Return the output matrix, the task, what the matrix sees [tokens, width], and the targets."""
+    matrix, task = output_matrix(network), network.task
+    assert matrix is not None
+    assert isinstance(task, PerToken)
+    return matrix, task, below(network, matrix, inputs).flatten(0, 1), task.targets(labels)
 
 
 def _known(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

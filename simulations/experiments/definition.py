@@ -201,8 +201,8 @@ class Experiment(Section):
                         )
                 if one.kind == "share_of_gain" and not one.measure.startswith("metrics."):
                     raise ConfigError(
-                        f'{part}.{place}.measure = {one.measure!r} has no start: kind = "share_of_gain" is for '
-                        "those of metrics"
+                        f'{part}.{place}.measure = {one.measure!r} has no start: kind = "share_of_gain" is '
+                        "for those of metrics"
                     )
         for place, claim in enumerate(self.claims):
             if (claim.at_least is None) != bool(claim.not_comparable):

@@ -24,6 +24,7 @@ __all__ = ["markdown", "tables", "write"]
 
 _OF_KIND = {"difference": "", "times_fewer": ", times fewer", "share_of_gain": ", share of the gain"}
 
+
 @dataclass(frozen=True)
 class _Part:
     """A heading, what is said below it, a table and figures; ``words`` are columns of words, not numbers."""

@@ -293,7 +293,9 @@ def test_a_share_is_of_what_was_gained_since_the_start(tmp_path: Path) -> None:
             seed = run.config.seed
             make_run(run.folder, (0.4, 0.1, ends[run.cell][seed]), seed=seed, first=0)
     half, more = findings(asked, runs, {})["claims"]
-    assert half["found"]["mean"] == pytest.approx(((0.7 - 0.4) / (0.9 - 0.4) + (0.65 - 0.4) / (0.8 - 0.4)) / 2)
+    assert half["found"]["mean"] == pytest.approx(
+        ((0.7 - 0.4) / (0.9 - 0.4) + (0.65 - 0.4) / (0.8 - 0.4)) / 2
+    )
     assert (half["verdict"], more["verdict"]) == ("met", "missed by 0.100")
     assert shown(half).startswith("+0.61")
 

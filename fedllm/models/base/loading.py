@@ -102,9 +102,6 @@ def open_base(
     Raises:
         ModelError: the model cannot be read, lacks weights, does not fit the tokenizer or the task.
     """
-    from transformers import GenerationConfig
-    from transformers.utils import GENERATION_CONFIG_NAME
-
     with _explained(config):
         kind, settings = _settings(source, config, pooling)
     named = dict(settings.id2label)
@@ -113,21 +110,8 @@ def open_base(
         settings.num_labels = len(labels)
         settings.id2label = dict(enumerate(labels))
         settings.label2id = {label: index for index, label in enumerate(labels)}
-    weights, concrete = None, kind._model_mapping[type(settings)]  # an Auto class needs a source to choose it by
-    if config.model.quantize == "none" and isinstance(concrete, type):
-        weights = converted(source, _precision(config))
     with _explained(config):
-        model, report = (kind if weights is None else concrete).from_pretrained(
-            source if weights is None else None,
-            config=settings,
-            dtype=_precision(config),
-            state_dict=weights,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **quantization(config, device),
-        )
-    if weights is not None and model.can_generate() and (Path(source) / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
+        model, report = _read(kind, source, settings, config, device)
     keep_layout(model)
     _fit(model, config)
     base = Base(model, positions(model), notes=notes)
@@ -149,6 +133,30 @@ def open_base(
     check_length(base.positions, config)
     try_out(model, tokenizer, config, pooling)
     return base
+
+
+def _read(
+    kind: Any, source: str, settings: Any, config: RunConfig, device: torch.device
+) -> tuple[Any, dict[str, Any]]:
+    """Return a model and transformers' report of what its checkpoint held."""
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    asked: dict[str, Any] = {
+        "config": settings,
+        "dtype": _precision(config),
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    concrete = kind._model_mapping[type(settings)]  # which an Auto class tells by the source alone
+    plain = config.model.quantize == "none" and isinstance(concrete, type)
+    if plain and (weights := converted(source, _precision(config))) is not None:
+        model, report = concrete.from_pretrained(None, state_dict=weights, **asked)
+        if model.can_generate() and (Path(source) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source)
+        return model, report
+    model, report = kind.from_pretrained(source, **asked, **quantization(config, device))
+    return model, report
 
 
 def open_shapes(source: str, config: RunConfig, labels: Sequence[str], pooling: str) -> Base:
