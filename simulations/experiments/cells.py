@@ -130,8 +130,8 @@ def _runs(
         raise ConfigError(f"cells.{name}: {error}") from error
     if config.model.dtype == "auto":
         raise ConfigError(
-            f'cells.{name}: model.dtype = "auto" follows the host, and runs of a comparison have to be alike: '
-            "set it to float32 or bfloat16"
+            f'cells.{name}: model.dtype = "auto" follows the host, but the cells have to be alike: take '
+            '"float32" or "bfloat16"'
         )
     # A baseline of one run is called after its cell alone.
     labels = [f"{name}-seed{seed}" + (f"-{part}" if len(whole) > 1 else "") for part, _ in whole]
