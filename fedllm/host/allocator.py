@@ -18,8 +18,8 @@ def give_back_large_blocks() -> bool:
 
     glibc raises that bound up to 32 MiB as blocks come and go. Freed tensors then stay in its heap, between
     others that live on, and a step takes up to three times the memory that its tensors fill. What is given
-    back has to be fetched again, which changes no number and costs time: up to a step's own time again in
-    bfloat16. It is for what was chosen for its little memory.
+    back has to be fetched again, which changes no number and costs time, most of all in bfloat16. It is for
+    what was chosen for its little memory.
 
     Returns:
         Whether it could be set; only glibc, the C library of most Linux systems, can be told.

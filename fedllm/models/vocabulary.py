@@ -334,7 +334,7 @@ class _CrossEntropyAhead(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        """Several directions at a time, at the same weights: only tangents are many."""
+        """Never reached, but asked for by torch: of several directions only the tangents are many."""
         raise NotImplementedError("losses at several values of the weights at a time")
 
 

@@ -148,7 +148,7 @@ def _compared(one: Difference, values: Any) -> dict[str, Any]:
         if one.kind == "share_of_gain":
             start = one.measure.replace("metrics.", "start.")
             over, under = _gained(values(one.of, start), of), _gained(values(one.against, start), against)
-        seeds = sorted(over.keys() & under.keys())
+        seeds = [seed for seed in sorted(over.keys() & under.keys()) if under[seed]]
         found = interval([over[seed] / under[seed] for seed in seeds]) if seeds else None
     return {**one.model_dump(), "found": None if found is None else found.to_json()}
 

@@ -135,7 +135,9 @@ def test_weights_that_are_there_already_or_cut_short_are_left_to_transformers(
     assert converted.converted(str(folder), torch.float32) is None
     assert converted.converted(str(tmp_path), torch.bfloat16) is None
     whole = (folder / "model.safetensors").read_bytes()
-    for cut in (whole[:-2], whole[:40], whole[:4]):
+    longer = whole.replace(b'"shape":[32]', b'"shape":[99]', 1)
+    assert longer != whole
+    for cut in (whole[:-2], whole[:40], whole[:4], longer):
         (tmp_path / "model.safetensors").write_bytes(cut)
         assert converted.converted(str(tmp_path), torch.bfloat16) is None
 

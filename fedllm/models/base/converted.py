@@ -7,6 +7,7 @@ its memory, and its pages as they are read: 538 MB for SmolLM2, of which bfloat1
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,7 +55,13 @@ def _head(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         return {}, 0
     head.pop("__metadata__", None)
     whole = size == start + max((told["data_offsets"][1] for told in head.values()), default=0)
-    return (head, start) if whole else ({}, 0)
+    return (head, start) if whole and all(map(_fits, head.values())) else ({}, 0)
+
+
+def _fits(told: dict[str, Any]) -> bool:
+    """Whether a tensor has as many bytes in the file as its shape says; not asked of unknown precisions."""
+    kind, (first, end) = _DTYPES.get(told["dtype"]), told["data_offsets"]
+    return kind is None or end - first == math.prod(told["shape"]) * kind.itemsize
 
 
 def _read(file: BinaryIO, told: dict[str, Any], start: int, dtype: torch.dtype) -> torch.Tensor:
@@ -63,6 +70,9 @@ def _read(file: BinaryIO, told: dict[str, Any], start: int, dtype: torch.dtype) 
     file.seek(start + told["data_offsets"][0])
     for first in range(0, len(flat), _PIECE):
         piece = torch.empty(min(_PIECE, len(flat) - first), dtype=kind)
-        file.readinto(piece.view(torch.uint8).numpy())  # type: ignore[attr-defined]  # a buffered reader has it
+        raw = file.read(piece.nbytes)
+        if len(raw) < piece.nbytes:
+            raise OSError(f"{_FILE} ended while it was read")
+        piece.view(torch.uint8).numpy()[:] = memoryview(raw)
         flat[first : first + len(piece)] = piece
     return found
